@@ -1,0 +1,59 @@
+"""Load Demo Model, Demo Scene."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..rg_engine.comfy_host.demo_model import load_demo_model
+from ..rg_engine.demo.scene_pictures import scene_pictures
+from .schema import schema
+
+
+class LoadDemoModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_LoadDemoModel",
+            "Load Demo Model",
+            aliases=["readout guidance", "demo", "example model"],
+            description="A small text-to-image model that comes with this extension, so that its workflows run without a "
+            "download. It draws jointed figures, balls, boxes and cones, 128 pixels square. Prompt it like: "
+            "a red figure and a blue ball, grey wall.",
+            inputs=[],
+            outputs=[io.Model.Output("MODEL"), io.Clip.Output("CLIP"), io.Vae.Output("VAE")],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_model())
+
+
+class DemoScene(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_DemoScene",
+            "Demo Scene",
+            aliases=["readout guidance", "demo", "procedural", "pose map", "depth map"],
+            description="Scenes of the demo world with what is true about them: control pictures for the demo model, and "
+            "training pairs for heads.",
+            inputs=[
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=True, tooltip="Which scenes."),
+                io.Int.Input("count", default=1, min=1, max=4096, tooltip="How many."),
+                io.Boolean.Input("figure_only", default=False, tooltip="One figure and nothing else in each."),
+            ],
+            outputs=[
+                io.Image.Output("picture"),
+                io.Image.Output("pose", tooltip="Bones on black."),
+                io.Image.Output("depth", tooltip="Near is bright."),
+                io.Image.Output("edges", tooltip="Edges on black."),
+                io.String.Output("caption", tooltip="Of the first scene."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, count: int, figure_only: bool) -> io.NodeOutput:
+        return io.NodeOutput(*scene_pictures(seed, count, figure_only))
+
+
+NODES = (LoadDemoModel, DemoScene)

@@ -1,0 +1,51 @@
+"""Drag Points."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..rg_engine.errors import TargetError
+from ..rg_engine.guidance.points import draw_drags, parse_drags
+from .schema import DragPoints, schema
+
+
+class DragPointsNode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_DragPoints",
+            "Drag Points",
+            aliases=["drag", "arrows", "points editor", "draggan", "dragdiffusion"],
+            description="Arrows that say what moves where, for a Readout Target with a correspondence head.",
+            inputs=[
+                io.Image.Input("image", optional=True, tooltip="The picture to draw the arrows on."),
+                io.String.Input(
+                    "points", multiline=True, default='{"version": 1, "drags": []}',
+                    tooltip='JSON: {"version": 1, "drags": [{"from": [x, y], "to": [x, y]}]}, x and y in 0..1, y down.',
+                ),
+            ],
+            outputs=[
+                DragPoints.Output("DRAG_POINTS"),
+                io.Image.Output("preview", tooltip="The picture with the arrows drawn."),
+            ],
+        )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, points: str) -> bool | str:
+        if points is None:  # comes over a link; checked when it runs
+            return True
+        try:
+            parse_drags(points)
+        except TargetError as error:
+            return str(error)
+        return True
+
+    @classmethod
+    def execute(cls, points: str, image=None) -> io.NodeOutput:  # noqa: ANN001
+        drags = parse_drags(points)
+        picture = torch.full((1, 512, 512, 3), 0.25) if image is None else image
+        return io.NodeOutput(drags, draw_drags(drags, picture))
+
+
+NODES = (DragPointsNode,)

@@ -1,0 +1,78 @@
+"""Readout-Guided KSampler, Readout Guider."""
+
+from __future__ import annotations
+
+import comfy.samplers
+from comfy_api.latest import io
+
+from ..rg_engine.comfy_host.sampling import guided_ksampler, readout_guider
+from ..rg_engine.guidance import GuidanceSettings
+from .schema import ReadoutTarget, mode_and_strength, schema
+
+
+class ReadoutGuidedKSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_ReadoutGuidedKSampler",
+            "Readout-Guided KSampler",
+            aliases=["readout guidance", "guided sampler", "ksampler", "pose control", "drag sampler"],
+            description="KSampler whose picture follows a Readout Target. With strength 0 it is KSampler.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that makes the picture; LoRAs and ControlNets work as usual."),
+                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input("steps", default=20, min=1, max=10000),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Combo.Input("sampler_name", options=comfy.samplers.KSampler.SAMPLERS),
+                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
+                io.Conditioning.Input("positive", tooltip="What should be in the picture."),
+                io.Conditioning.Input("negative", tooltip="What should not."),
+                io.Latent.Input("latent_image", tooltip="The latent to denoise."),
+                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
+                ReadoutTarget.Input("target", tooltip="What the picture should read like."),
+                *mode_and_strength(),
+            ],
+            outputs=[io.Latent.Output("LATENT", tooltip="The denoised latent.")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target,
+        strength, mode, iterations, source_cfg,
+    ) -> io.NodeOutput:  # noqa: ANN001  # fmt: skip
+        settings = GuidanceSettings(strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg)
+        latent = guided_ksampler(
+            model, target, settings, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler,
+            positive=positive, negative=negative, latent=latent_image, denoise=denoise,
+        )  # fmt: skip
+        return io.NodeOutput(latent)
+
+
+class ReadoutGuider(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_ReadoutGuider",
+            "Readout Guider",
+            aliases=["readout guidance", "guider", "custom sampling"],
+            description="A guider for SamplerCustomAdvanced whose picture follows a Readout Target.",
+            inputs=[
+                io.Model.Input("model"),
+                io.Conditioning.Input("positive", tooltip="What should be in the picture."),
+                io.Conditioning.Input("negative", tooltip="What should not."),
+                io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                ReadoutTarget.Input("target", tooltip="What the picture should read like."),
+                *mode_and_strength(),
+            ],
+            outputs=[io.Guider.Output("GUIDER")],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg
+    ) -> io.NodeOutput:  # noqa: ANN001  # fmt: skip
+        settings = GuidanceSettings(strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg)
+        return io.NodeOutput(readout_guider(model, positive, negative, cfg, target, settings))
+
+
+NODES = (ReadoutGuidedKSampler, ReadoutGuider)

@@ -1,0 +1,43 @@
+"""What the node files share: the category, this extension's own types, and schemas that older ComfyUIs take too."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from comfy_api.latest import io
+
+CATEGORY = "Readout Guidance"
+
+ReadoutHead = io.Custom("READOUT_HEAD")
+ReadoutTarget = io.Custom("READOUT_TARGET")
+DragPoints = io.Custom("DRAG_POINTS")
+Readout = io.Custom("READOUT")
+
+
+def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:
+    """An io.Schema in this extension's category; search aliases where the running ComfyUI knows them."""
+    if "search_aliases" in {field.name for field in dataclasses.fields(io.Schema)}:
+        fields["search_aliases"] = aliases
+    return io.Schema(node_id=node_id, display_name=display_name, category=CATEGORY, **fields)
+
+
+def mode_and_strength() -> list[Any]:
+    """The inputs that both guided sampler nodes share, in their order."""
+    return [
+        io.Float.Input(
+            "strength", default=1.0, min=0.0, max=10.0, step=0.05,
+            tooltip="How far the picture is moved towards the target. 1 is the paper's amount, whatever the number of "
+            "steps; 0 is no guidance, the same picture as KSampler's.",
+        ),
+        io.Combo.Input(
+            "mode", options=["fast", "reference"], default="fast",
+            tooltip="fast: one long move every so often, from the pass that predicts the picture anyway. reference: the "
+            "paper's own procedure, a small AdamW step at each step; slower.",
+        ),
+        io.Int.Input("iterations", default=1, min=1, max=50, tooltip="Updates a step in reference mode. fast ignores it."),
+        io.Float.Input(
+            "source_cfg", default=-1.0, min=-1.0, max=100.0, step=0.1,
+            tooltip="cfg of the source, the unguided picture that drag and appearance targets start from. -1: the same cfg.",
+        ),
+    ]  # fmt: skip

@@ -1,0 +1,50 @@
+"""The model folder ``readout_heads``: ``models/readout_heads``, the user's extra paths, and the heads of the demo model."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import folder_paths
+
+from ..demo import DEMO_HEADS
+from ..errors import HeadFileError
+from ..heads import ReadoutHead, load_head
+from ..types import HeadKind
+
+FOLDER = "readout_heads"
+EXTENSIONS = {".safetensors", ".pt"}
+
+
+def register_folders() -> None:
+    """Tell ComfyUI where heads live. Safe to call more than once."""
+    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
+    folder_paths.add_model_folder_path(FOLDER, str(DEMO_HEADS))
+    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
+    folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
+
+
+def head_names() -> list[str]:
+    return folder_paths.get_filename_list(FOLDER)
+
+
+def find_head(name: str) -> str:
+    """The path of a head by its name in the list. Raises HeadFileError for anything else, paths included."""
+    if name not in head_names():
+        listed = ", ".join(head_names()[:8]) or "it is empty"
+        raise HeadFileError(
+            f"there is no head named {name!r} in models/{FOLDER} ({listed}): put the file there, refresh, and choose it by "
+            "its name, not by a path"
+        )
+    path = folder_paths.get_full_path_or_raise(FOLDER, name)
+    roots = [Path(root).resolve() for root in folder_paths.get_folder_paths(FOLDER)]
+    # A link inside the folder may point elsewhere on purpose; what is refused is a name that climbs out.
+    if not any(Path(os.path.normpath(path)).is_relative_to(root) or Path(path).resolve().is_relative_to(root) for root in roots):
+        raise HeadFileError(f"head {name!r} lies outside models/{FOLDER}: copy it there")
+    return path
+
+
+def load_named_head(name: str, kind: HeadKind | None = None) -> ReadoutHead:
+    return load_head(find_head(name), kind, name)
+
+

@@ -1,0 +1,9 @@
+"""The demo world, and the files of the embedded demo model that was trained on it."""
+
+from pathlib import Path
+
+WEIGHTS = Path(__file__).parent / "weights"
+DEMO_HEADS = WEIGHTS / "heads"
+AUTOENCODER = WEIGHTS / "autoencoder.safetensors"
+DENOISER = WEIGHTS / "denoiser.safetensors"
+ESTIMATOR = WEIGHTS / "estimator.safetensors"

@@ -1,0 +1,21 @@
+"""The named errors. A message says what was given, what was expected, and the way out."""
+
+
+class ReadoutGuidanceError(ValueError):
+    """What this extension raises on bad input; everything below is one."""
+
+
+class HeadFileError(ReadoutGuidanceError):
+    """A head's file is missing, damaged, unsafe, or not a readout head."""
+
+
+class BackboneError(ReadoutGuidanceError):
+    """The model can't be tapped, or a head was trained on another kind of model."""
+
+
+class TargetError(ReadoutGuidanceError):
+    """A target that can't be compared with a readout: something missing, malformed or out of range."""
+
+
+class ModelWorldError(ReadoutGuidanceError):
+    """The embedded demo model's files are missing or damaged."""

@@ -1,0 +1,19 @@
+"""Targets, their loss, when to guide, and how the latent moves."""
+
+from .objective import Branch, Objective, SourceStep
+from .schedule import GuidanceSettings, Plan, make_plan
+from .targets import Target, chain
+from .updates import ReferenceUpdate, rms_step
+
+__all__ = [
+    "Branch",
+    "GuidanceSettings",
+    "Objective",
+    "Plan",
+    "SourceStep",
+    "Target",
+    "chain",
+    "make_plan",
+    "ReferenceUpdate",
+    "rms_step",
+]

@@ -1,0 +1,139 @@
+"""What the picture should be like: a head and what its readout is compared with."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import TargetError
+from ..heads import ReadoutHead
+from ..types import Drag
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Target:
+    """One target; chained ones are reached through ``previous``.
+
+    head: what reads. weight: its share of the loss. start_percent, end_percent: the part of the diffusion time in which
+    it guides. image: the control of a spatial target, (B or 1, H, W, C) in 0..1, any size. mask: (B or 1, H, W) in 0..1,
+    where the loss counts. drags: for a correspondence target. reference_latent: (B or 1, C, h, w), for an appearance
+    target. Raises TargetError for anything missing, malformed or out of range.
+    """
+
+    head: ReadoutHead
+    weight: float = 1.0
+    start_percent: float = 0.0
+    end_percent: float = 0.5
+    image: Tensor | None = None
+    mask: Tensor | None = None
+    drags: tuple[Drag, ...] | None = None
+    reference_latent: Tensor | None = None
+    previous: Target | None = None
+
+    def __post_init__(self) -> None:
+        kind, name = self.head.spec.kind, self.head.name
+        if not math.isfinite(self.weight) or self.weight < 0:
+            raise TargetError(f"the weight of the target with head {name!r} is {self.weight}: it must be 0 or more")
+        if not 0.0 <= self.start_percent <= 1.0 or not 0.0 <= self.end_percent <= 1.0:
+            raise TargetError(
+                f"start_percent {self.start_percent:g} and end_percent {self.end_percent:g} must lie between 0 and 1"
+            )
+        if self.start_percent >= self.end_percent:
+            raise TargetError(
+                f"start_percent {self.start_percent:g} is not before end_percent {self.end_percent:g}: the target would "
+                "never guide. Lower the one or raise the other"
+            )
+        if kind == "spatial" and self.image is None:
+            raise TargetError(
+                f"head {name!r} is spatial and needs a control picture: connect image (a pose, depth or edge map, as the "
+                "head was trained on)"
+            )
+        if kind == "correspondence" and not self.drags:
+            raise TargetError(f"head {name!r} is a correspondence head and needs drags: connect drag_points with an arrow")
+        if kind in ("keypoint", "lgp"):
+            raise TargetError(f"head {name!r} is a {kind} head, which can be read out but not steer yet")
+        if self.image is not None:
+            _check_picture(self.image, "image", 4, name)
+            if kind == "spatial" and self.head.output_channels not in (1, self.image.shape[-1]):
+                raise TargetError(
+                    f"head {name!r} reads {self.head.output_channels} channels but image has {self.image.shape[-1]}: give a "
+                    "picture with as many channels"
+                )
+        if self.mask is not None:
+            _check_picture(self.mask, "mask", 3, name)
+        if self.reference_latent is not None:
+            _check_picture(self.reference_latent, "reference_latent", 4, name)
+
+    @property
+    def needs_source(self) -> bool:
+        """Whether its loss compares with the source's readouts."""
+        kind = self.head.spec.kind
+        return kind == "correspondence" or (kind == "appearance" and self.reference_latent is None)
+
+    def check_batch(self, batch: int) -> None:
+        """Raises TargetError unless every picture given is one or one for each of ``batch`` latents."""
+        for what, tensor in (("image", self.image), ("mask", self.mask), ("reference_latent", self.reference_latent)):
+            if tensor is not None and tensor.shape[0] not in (1, batch):
+                raise TargetError(
+                    f"{what} of the target with head {self.head.name!r} is a batch of {tensor.shape[0]} but {batch} "
+                    f"{'picture is' if batch == 1 else 'pictures are'} being made: give one, or one for each"
+                )
+
+    def control(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor | None:
+        """The control (B, D, H, W) in the head's control_range at latent size, None if it has no image."""
+        if self.image is None or self.head.spec.kind != "spatial":
+            return None
+        picture = self.image.clone().to(device, torch.float32).movedim(-1, 1)  # (B, C, H, W)
+        picture = fit(picture, size)
+        if self.head.output_channels == 1:
+            picture = picture.mean(1, keepdim=True)
+        low, high = self.head.spec.control_range
+        return (low + (high - low) * picture).expand(batch, -1, -1, -1)
+
+    def region(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor | None:
+        """The mask (B, 1, H, W) at latent size, None if it has none."""
+        if self.mask is None:
+            return None
+        return fit(self.mask.clone().to(device, torch.float32)[:, None], size).expand(batch, -1, -1, -1)
+
+
+def chain(target: Target | None) -> tuple[Target, ...]:
+    """The targets that count, first to last; those of weight 0 are left out."""
+    found: list[Target] = []
+    while target is not None:
+        if target.weight > 0:
+            found.append(target)
+        target = target.previous
+    return tuple(reversed(found))
+
+
+def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
+    """Crop (B, C, H, W) to the aspect ratio of ``size`` about its centre, as ControlNet nodes do, and resize.
+
+    Shrinking averages (each cell sees its own area), enlarging interpolates.
+    """
+    height, width = picture.shape[-2:]
+    ratio = size[1] / size[0]
+    crop_h, crop_w = min(height, round(width / ratio)), min(width, round(height * ratio))
+    top, left = (height - crop_h) // 2, (width - crop_w) // 2
+    picture = picture[..., top : top + max(crop_h, 1), left : left + max(crop_w, 1)]
+    if picture.shape[-2:] == size:
+        return picture
+    if picture.shape[-2] >= size[0] and picture.shape[-1] >= size[1]:
+        return F.interpolate(picture, size, mode="area")
+    return F.interpolate(picture, size, mode="bilinear")
+
+
+def _check_picture(tensor: Tensor, what: str, dims: int, head: str) -> None:
+    if tensor.ndim != dims or 0 in tensor.shape:
+        raise TargetError(
+            f"{what} of the target with head {head!r} has shape {tuple(tensor.shape)}: expected {dims} dimensions, none empty"
+        )
+    if not torch.isfinite(tensor).all():
+        raise TargetError(
+            f"{what} of the target with head {head!r} holds NaN or infinite values: look at the node that made it"
+        )

@@ -1,0 +1,120 @@
+"""The aggregation network: many feature maps in, one map out.
+
+Readout Guidance (arXiv 2312.02150), sec. 3.1, after Diffusion Hyperfeatures (2305.14334), eq. 1:
+``readout = output(sum_l softmax(w)_l * B_l(features_l))``, B_l a bottleneck a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Activation = Literal["tanh", "none"]
+
+
+class NormedConv(nn.Conv2d):
+    """A convolution without bias whose GroupNorm lives inside it, as ``.norm`` (the authors' key layout)."""
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = nn.GroupNorm(groups, out_channels)
+        nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
+
+    def convolve(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, padding=self.padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.convolve(x))
+
+
+class Bottleneck(nn.Module):
+    """One layer's residual bottleneck, conditioned on the timestep embedding after its first convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int, emb_width: int, norm_groups: int) -> None:
+        super().__init__()
+        self.shortcut = NormedConv(in_channels, out_channels, 1, norm_groups) if in_channels != out_channels else None
+        self.conv1 = NormedConv(in_channels, hidden, 1, norm_groups)
+        self.conv2 = NormedConv(hidden, hidden, 3, norm_groups)
+        self.conv3 = NormedConv(hidden, out_channels, 1, norm_groups)
+        self.emb_layers = nn.Linear(emb_width, hidden) if emb_width else None
+
+    def forward(self, features: Tensor, emb: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """features (B, C, h, w), emb (B, E) or None -> (B, D, H, W).
+
+        The paper resizes the features first. A 1x1 convolution without bias commutes with a bilinear resize, whose
+        weights sum to 1, so both convolutions that see the features run at their own, smaller size.
+        """
+        out = F.relu(self.conv1.norm(_resize(self.conv1.convolve(features), size)))  # (B, hidden, H, W)
+        if emb is not None and self.emb_layers is not None:
+            out = out + F.relu(self.emb_layers(emb))[:, :, None, None]
+        out = self.conv3(F.relu(self.conv2(out)))  # (B, D, H, W)
+        if self.shortcut is None:
+            return F.relu(out + _resize(features, size))
+        return F.relu(out + self.shortcut.norm(_resize(self.shortcut.convolve(features), size)))
+
+
+class AggregationNetwork(nn.Module):
+    """Reads a list of feature maps into one map at the latent's size.
+
+    Args:
+        feature_channels: channels of each tapped map, in order.
+        projection_channels: channels of the mixed map (the authors' 384).
+        emb_width: width of the timestep embedding; 0 for heads that take none.
+        output_channels: channels of the output head; 0 for none (the mixed map is the readout).
+        activation: after the output head.
+        hidden: bottleneck width; a quarter of the projection unless told.
+    """
+
+    def __init__(
+        self,
+        feature_channels: Sequence[int],
+        *,
+        projection_channels: int = 384,
+        emb_width: int = 1280,
+        output_channels: int = 0,
+        activation: Activation = "tanh",
+        norm_groups: int = 32,
+        hidden: int | None = None,
+    ) -> None:
+        super().__init__()
+        hidden = hidden or projection_channels // 4
+        self.feature_channels = tuple(feature_channels)
+        self.bottleneck_layers = nn.ModuleList(
+            Bottleneck(channels, projection_channels, hidden, emb_width, norm_groups) for channels in feature_channels
+        )
+        self.mixing_weights = nn.Parameter(torch.ones(len(self.feature_channels)))
+        self.output_head = _output_head(projection_channels, output_channels) if output_channels else None
+        self.activation: Activation = activation
+
+    def forward(self, features: Sequence[Tensor], emb: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """features (B, C_i, h_i, w_i) each, emb (B, E) or None, size (H, W) in latent cells -> (B, D, H, W)."""
+        weights = self.mixing_weights.softmax(0)
+        dtype = self.mixing_weights.dtype
+        emb = None if emb is None else emb.to(dtype)
+        mixed = sum(
+            weight * layer(map_.to(dtype), emb, size)
+            for weight, layer, map_ in zip(weights, self.bottleneck_layers, features, strict=True)
+        )
+        assert isinstance(mixed, Tensor)
+        if self.output_head is None:
+            return mixed
+        readout = self.output_head(mixed)
+        return readout.tanh() if self.activation == "tanh" else readout
+
+
+def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 128, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(128, 32, 3, padding=1),
+        nn.SiLU(),
+        nn.Conv2d(32, out_channels, 1),
+    )
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")

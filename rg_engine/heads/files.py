@@ -1,0 +1,285 @@
+"""Head files: our ``.safetensors`` and the authors' ``.pt``.
+
+What a head is, is read from its tensors: layers, widths and the output head follow from keys and shapes. Metadata adds
+what tensors can't tell (kind, range of the control, how the timestep was embedded in training).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..errors import HeadFileError
+from ..types import HEAD_KINDS, HeadKind
+from .aggregation import Activation, AggregationNetwork
+
+FORMAT_VERSION = "1"
+METADATA_KEY = "readout_head"
+TimestepConvention = Literal["t", "reversed"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What a head is, apart from its weights.
+
+    feature_channels: channels of the maps that it reads, in tap order. control_range: value range of the control it was
+    trained on (spatial, keypoint). use_emb: whether it is run with the timestep embedding. timestep_convention: ``t``
+    if it was trained with the embedding of the timestep, ``reversed`` if with that of the reversed index (as the
+    authors' training code does); guidance embeds t either way, as the authors' does. training: facts to read, not used.
+    """
+
+    kind: HeadKind
+    feature_channels: tuple[int, ...]
+    backbone: str = "unknown"
+    control_range: tuple[float, float] = (-0.5, 0.5)
+    use_emb: bool = True
+    timestep_convention: TimestepConvention = "t"
+    activation: Activation = "tanh"
+    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        low, high = self.control_range
+        if not low < high:
+            raise HeadFileError(f"control_range {self.control_range} is empty: the first number must be the smaller")
+        for value, allowed, name in (
+            (self.kind, HEAD_KINDS, "kind"),
+            (self.timestep_convention, get_args(TimestepConvention), "timestep_convention"),
+            (self.activation, get_args(Activation), "activation"),
+        ):
+            if value not in allowed:
+                raise HeadFileError(f"head {name} {value!r} is unknown: expected one of {', '.join(allowed)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class ReadoutHead:
+    """A head ready to run: its network (fp32, frozen, in eval mode), its spec, and where it came from."""
+
+    network: AggregationNetwork
+    spec: HeadSpec
+    name: str
+
+    @property
+    def output_channels(self) -> int:
+        head = self.network.output_head
+        return 0 if head is None else head[-1].out_channels
+
+    @property
+    def emb_width(self) -> int | None:
+        """Width of the timestep embedding that it takes, None if it takes none."""
+        emb = self.network.bottleneck_layers[0].emb_layers
+        return emb.in_features if emb is not None and self.spec.use_emb else None
+
+    def read(self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int]) -> Tensor:
+        """The readout (B, D, H, W) of features at latent size; the embedding is dropped where the head takes none."""
+        return self.network(features, emb if self.spec.use_emb else None, size)
+
+
+@torch.inference_mode(False)  # ComfyUI runs nodes in inference mode; these weights are differentiated through
+def load_head(path: str | Path, kind: HeadKind | None = None, name: str | None = None) -> ReadoutHead:
+    """Load a head file.
+
+    Args: path to a ``.safetensors`` or an authors' ``.pt``; kind overrides what the file says or implies.
+    Raises: HeadFileError if it is missing, truncated, holds code, or is not a readout head.
+    """
+    path = Path(path)
+    name = name or path.name
+    if not path.is_file():
+        raise HeadFileError(f"there is no head file {name!r}: put it into models/readout_heads and refresh the list")
+    tensors, spec_fields = _read_safetensors(path, name) if path.suffix == ".safetensors" else _read_authors(path, name)
+    if kind is not None:
+        spec_fields["kind"] = kind
+        spec_fields.setdefault("use_emb", kind != "correspondence")
+    network, feature_channels = build_network(tensors, spec_fields.get("activation", "tanh"), name)
+    spec_fields["kind"] = spec_fields.get("kind") or _guess_kind(network, name)
+    if path.suffix != ".safetensors" and spec_fields["kind"] == "correspondence":
+        spec_fields["use_emb"] = False
+    _check_kind(network, spec_fields["kind"], name)
+    spec = HeadSpec(feature_channels=feature_channels, **spec_fields)
+    return ReadoutHead(network=network, spec=spec, name=name)
+
+
+def save_head(head: ReadoutHead, path: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a head as ``.safetensors`` with its spec as metadata; ``dtype`` stores it smaller."""
+    described = {"format_version": FORMAT_VERSION, **dataclasses.asdict(head.spec)}
+    state = {key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in head.network.state_dict().items()}
+    save_file(state, str(path), metadata={METADATA_KEY: json.dumps(described, sort_keys=True)})
+
+
+def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
+    """The dictionary that the authors' code saves with ``torch.save`` (keys ``bottleneck_layers.i.``)."""
+    spec = head.spec
+    conv3 = head.network.bottleneck_layers[0].conv3
+    return {
+        "step": int(spec.training.get("steps", 0)),
+        "config": {
+            "projection_dim": conv3.out_channels,
+            "dims": list(spec.feature_channels),
+            "save_timestep": [0],
+            "num_timesteps": 1000,
+            "aggregation_kwargs": {
+                "use_output_head": head.output_channels > 0,
+                "output_head_channels": head.output_channels or 3,
+                "output_head_act": spec.activation == "tanh",
+                "bottleneck_sequential": False,
+            },
+            "dataset_args": {"control_range": list(spec.control_range)},
+        },
+        "aggregation_network": dict(head.network.state_dict()),
+    }
+
+
+def build_network(
+    tensors: Mapping[str, Tensor], activation: Activation, name: str
+) -> tuple[AggregationNetwork, tuple[int, ...]]:
+    """A network of the sizes that the tensors have, holding them; strict about every key.
+
+    Both key layouts are taken: ``bottleneck_layers.i.conv1.weight`` and ``bottleneck_layers.i.0.conv1.weight``.
+    """
+    state = {re.sub(r"^(bottleneck_layers\.\d+)\.0\.", r"\1.", key): value.float() for key, value in tensors.items()}
+    state.pop("logit_scale", None)  # a training constant in some files
+    count = len({key.split(".")[1] for key in state if key.startswith("bottleneck_layers.")})
+    if not count or "mixing_weights" not in state:
+        some = ", ".join(sorted(state)[:4]) or "nothing"
+        raise HeadFileError(
+            f"{name!r} is not a readout head: it holds {some}, ... but no bottleneck_layers and mixing_weights"
+        )
+    if state["mixing_weights"].numel() != count:
+        raise HeadFileError(
+            f"{name!r} mixes {state['mixing_weights'].numel()} maps but has {count} layers: heads over several timesteps "
+            "can't steer one step"
+        )
+    try:
+        channels = tuple(state[f"bottleneck_layers.{i}.conv1.weight"].shape[1] for i in range(count))
+        hidden = state["bottleneck_layers.0.conv1.weight"].shape[0]
+        projection = state["bottleneck_layers.0.conv3.weight"].shape[0]
+    except (KeyError, IndexError) as error:
+        raise HeadFileError(f"{name!r} is damaged: {error} is missing or misshapen") from error
+    emb = state.get("bottleneck_layers.0.emb_layers.weight")
+    last = state.get("output_head.4.weight")
+    network = AggregationNetwork(
+        channels,
+        projection_channels=projection,
+        hidden=hidden,
+        emb_width=0 if emb is None else emb.shape[1],
+        output_channels=0 if last is None else last.shape[0],
+        activation=activation,
+    )
+    expected = network.state_dict()
+    missing = sorted(set(expected) - set(state))
+    unexpected = sorted(set(state) - set(expected))
+    wrong = sorted(k for k in set(state) & set(expected) if state[k].shape != expected[k].shape)
+    if missing or unexpected or wrong:
+        listed = [
+            f"{what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''}"
+            for what, keys in (("missing", missing), ("unexpected", unexpected), ("misshapen", wrong))
+            if keys
+        ]
+        raise HeadFileError(f"{name!r} is not a complete readout head: {'; '.join(listed)}")
+    network.load_state_dict(state)
+    return network.eval().requires_grad_(False), channels
+
+
+def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            metadata = file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise HeadFileError(f"{name!r} can't be read: it is truncated or no safetensors file ({error})") from error
+    if METADATA_KEY not in metadata:
+        return tensors, {}
+    try:
+        described = json.loads(metadata[METADATA_KEY])
+        version = described.pop("format_version")
+        if version != FORMAT_VERSION:
+            raise HeadFileError(f"{name!r} has head format {version}; this version reads {FORMAT_VERSION}: update it")
+        described.pop("feature_channels")
+        described["control_range"] = tuple(float(v) for v in described["control_range"])
+        unknown = set(described) - {field.name for field in dataclasses.fields(HeadSpec)}
+        if unknown or len(described["control_range"]) != 2:
+            raise HeadFileError(f"{name!r} has metadata that isn't understood: {', '.join(sorted(unknown)) or 'range'}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, HeadFileError):
+            raise
+        raise HeadFileError(f"{name!r} has damaged metadata: {error}") from error
+    return tensors, described
+
+
+def _read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise HeadFileError(
+            f"{name!r} holds something other than tensors and plain values and was not opened: it may run code, or be "
+            "no head at all"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise HeadFileError(f"{name!r} can't be read: it is truncated or no PyTorch file") from error
+    tensors = loaded.get("aggregation_network") if isinstance(loaded, dict) else None
+    config = loaded.get("config") if isinstance(loaded, dict) else None
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise HeadFileError(f"{name!r} is not a readout head: it has no 'aggregation_network' of tensors")
+    config = config if isinstance(config, dict) else {}
+    aggregation = config.get("aggregation_kwargs") or {}
+    dataset = config.get("dataset_args") or {}
+    sequential = any(re.match(r"bottleneck_layers\.\d+\.0\.", key) for key in tensors)
+    fields: dict[str, Any] = {
+        "backbone": str(config.get("model_id", "unknown")),
+        "use_emb": not sequential,  # the authors' sequential layout never passes the embedding on
+        "timestep_convention": "reversed",
+        "activation": "tanh" if aggregation.get("output_head_act", True) else "none",
+    }
+    if "control_range" in dataset:
+        low, high = dataset["control_range"]
+        fields["control_range"] = (float(low), float(high))
+    if loaded.get("step") is not None:
+        fields["training"] = {"steps": int(loaded["step"])}
+    if "output_head.4.weight" in tensors:
+        fields["kind"] = "keypoint" if tensors["output_head.4.weight"].shape[0] == 18 else "spatial"
+    else:
+        words = f"{dataset} {config.get('train_file', '')} {name}".lower()
+        found = {
+            kind
+            for kind, signs in (("appearance", ("appearance", "triplet")), ("correspondence", ("correspondence", "tracks")))
+            if any(sign in words for sign in signs)
+        }
+        if len(found) == 1:
+            fields["kind"] = found.pop()
+    return tensors, fields
+
+
+def _guess_kind(network: AggregationNetwork, name: str) -> HeadKind:
+    if network.output_head is not None:
+        return "keypoint" if network.output_head[-1].out_channels == 18 else "spatial"
+    lowered = name.lower()
+    for kind in ("appearance", "correspondence"):
+        if kind in lowered:
+            return kind
+    raise HeadFileError(
+        f"{name!r} does not say what kind of head it is: choose appearance or correspondence as kind in Load Readout Head"
+    )
+
+
+def _check_kind(network: AggregationNetwork, kind: HeadKind, name: str) -> None:
+    has_output = network.output_head is not None
+    if kind in ("spatial", "keypoint") and not has_output:
+        raise HeadFileError(
+            f"{name!r} can't be a {kind} head: it has no output head. Choose appearance, correspondence or auto as kind"
+        )
+    if kind in ("appearance", "correspondence") and has_output:
+        raise HeadFileError(
+            f"{name!r} can't be a {kind} head: it has an output head of {network.output_head[-1].out_channels} channels. "  # type: ignore[index]
+            "Choose spatial, keypoint or auto as kind"
+        )
+    if kind == "lgp":
+        raise HeadFileError(f"{name!r} can't be an lgp head: it is an aggregation network. Choose auto as kind")

@@ -1,0 +1,7 @@
+"""Losses of a readout: pure functions of tensors, one a file, one number a picture."""
+
+from .appearance import appearance_loss
+from .correspondence import correspondence_loss
+from .spatial import spatial_loss
+
+__all__ = ["appearance_loss", "correspondence_loss", "spatial_loss"]

@@ -1,0 +1,47 @@
+"""Correspondence: what was at the start of a drag should be at its end (Readout Guidance, arXiv 2312.02150, sec. 3.2)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def correspondence_loss(
+    readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False
+) -> Tensor:
+    """-0.5 mean S[source at start, readout at end] + 0.5 mean S[source at start, readout at start], S = (cos + 1)/2.
+
+    The second term is the paper's anti-ghosting term: what moved should be gone from where it was. Only the points are
+    gathered, never the HW x HW matrix of similarities.
+
+    Args:
+        readout, source: (B, D, H, W).
+        starts, ends: (N, 2) of (x, y), fractions of the picture.
+        truncate: take the cell that holds the point, as the paper's code does; otherwise interpolate between cells.
+    Returns: (B,).
+    """
+    origin = gather(source, starts, truncate)  # (B, D, N)
+    arrived = F.cosine_similarity(origin, gather(readout, ends, truncate), dim=1)  # (B, N)
+    stayed = F.cosine_similarity(origin, gather(readout, starts, truncate), dim=1)
+    return 0.5 * ((stayed + 1) / 2).mean(1) - 0.5 * ((arrived + 1) / 2).mean(1)
+
+
+def gather(maps: Tensor, points: Tensor, truncate: bool = False) -> Tensor:
+    """Values of ``maps`` (B, D, H, W) at ``points`` (N, 2) of (x, y) fractions -> (B, D, N).
+
+    A cell's value sits at its centre; between centres it is interpolated, beyond the outermost ones it stays the same.
+    """
+    height, width = maps.shape[-2:]
+    scale = torch.tensor([width, height], device=points.device, dtype=points.dtype)
+    if truncate:
+        x, y = (points * scale).floor().long().unbind(-1)
+        return maps[:, :, y.clamp(0, height - 1), x.clamp(0, width - 1)]
+    x, y = (points * scale - 0.5).unbind(-1)
+    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+    left, top = x.floor().long(), y.floor().long()
+    right, bottom = (left + 1).clamp_max(width - 1), (top + 1).clamp_max(height - 1)
+    across, down = (x - left).to(maps.dtype), (y - top).to(maps.dtype)
+    upper = maps[:, :, top, left] * (1 - across) + maps[:, :, top, right] * across
+    lower = maps[:, :, bottom, left] * (1 - across) + maps[:, :, bottom, right] * across
+    return upper * (1 - down) + lower * down

@@ -1,0 +1,42 @@
+"""The shared words.
+
+x         the sampler's latent, (B, C, H, W)
+sigma     its noise level
+denoised  the model's prediction of the clean latent
+z         the latent at the network's input scale: x / sqrt(1 + sigma^2) for eps and v models, x for flow models
+features  the tapped maps of the network, a list of (B, C_i, H_i, W_i)
+emb       the timestep embedding, (B, E)
+readout   what a head makes of the features, (B, D, H, W)
+control   what a spatial readout is compared with, (B, D, H, W)
+source    the picture that a drag or an appearance target starts from
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Literal, get_args
+
+from .errors import TargetError
+
+HeadKind = Literal["spatial", "appearance", "correspondence", "keypoint", "lgp"]
+HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
+
+Mode = Literal["fast", "reference"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+
+@dataclasses.dataclass(frozen=True)
+class Drag:
+    """Move what is at ``start`` to ``end``; both (x, y), fractions 0..1 of the picture, x to the right, y down."""
+
+    start: tuple[float, float]
+    end: tuple[float, float]
+
+    def __post_init__(self) -> None:
+        for x, y in (self.start, self.end):
+            if not (math.isfinite(x) and math.isfinite(y) and 0.0 <= x <= 1.0 and 0.0 <= y <= 1.0):
+                raise TargetError(
+                    f"drag point ({x:g}, {y:g}) lies outside the picture: x and y are fractions of its width and "
+                    "height and must be between 0 and 1"
+                )

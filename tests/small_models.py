@@ -1,0 +1,63 @@
+"""Small real models for tests, made as ComfyUI makes them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PARITY = Path(__file__).parent / "parity" / "data"
+
+
+def parity_model() -> Any:
+    """The parity kit's UNet as a MODEL."""
+    import comfy.supported_models
+    from safetensors.torch import load_file
+
+    config = json.loads((PARITY / "unet_config.json").read_text())["unet_config"]
+    model = comfy.supported_models.SD15(config).get_model({}, "")
+    model.diffusion_model.load_state_dict(load_file(PARITY / "unet.safetensors"))
+    model.diffusion_model.float()
+    return patcher(model)
+
+
+def sdxl_model(seed: int = 0) -> Any:
+    """A UNet of SDXL's shape (9 maps, a label embedding), small, with random weights."""
+    import comfy.supported_models
+
+    config = {
+        "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 32, "num_res_blocks": [2, 2, 2],
+        "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 3, 3],
+        "transformer_depth_output": [0, 0, 0, 2, 2, 2, 3, 3, 3], "transformer_depth_middle": 3, "context_dim": 64,
+        "use_spatial_transformer": True, "legacy": False, "use_checkpoint": False, "use_linear_in_transformer": True,
+        "adm_in_channels": 2816, "num_classes": "sequential", "use_temporal_attention": False,
+    }  # fmt: skip
+
+    class SmallSDXL(comfy.supported_models.SDXL):
+        unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
+
+    model = SmallSDXL(config).get_model({}, "")
+    randomise(model.diffusion_model, seed)
+    return patcher(model)
+
+
+def randomise(module: torch.nn.Module, seed: int) -> None:
+    """Weights of a sensible size for ComfyUI's uninitialised layers."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in module.named_parameters():
+        p.requires_grad_(False)
+        if p.ndim > 1:
+            fan = p[0].numel()
+            p.copy_(torch.randn(p.shape, generator=generator) * (1.2 / fan**0.5))
+        else:
+            p.fill_(1.0 if name.endswith("weight") else 0.0)
+
+
+def patcher(model: Any) -> Any:
+    import comfy.model_management
+    import comfy.model_patcher
+
+    device = comfy.model_management.get_torch_device()
+    return comfy.model_patcher.ModelPatcher(model.to(device), load_device=device, offload_device=device)
