@@ -105,7 +105,8 @@ class ModelGuidance:
         for target in self.targets:
             target.check_batch(noise.shape[0])
         schedule = [float(s) for s in sigmas]
-        plan = make_plan(self.targets, schedule, self.settings, lambda p: float(model_sampling.percent_to_sigma(p)))
+        ranges = [(target.start_percent, target.end_percent) for target in self.targets]
+        plan = make_plan(ranges, schedule, self.settings, lambda p: float(model_sampling.percent_to_sigma(p)))
         if not plan.steps:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         self._run = run = _Run(plan=plan, sampler=sampler, sigmas=schedule)

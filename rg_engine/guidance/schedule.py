@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 
 from ..errors import TargetError
 from ..types import MODES, Mode
-from .targets import Target
 
 #: Fast mode's path length (RMS, in z) per unit of diffusion time at strength 1. The paper's 50 sign steps of 0.02 over
 #: the first half of the time make a path of 1.
@@ -59,7 +58,7 @@ class Plan:
 
 
 def make_plan(
-    targets: Sequence[Target],
+    ranges: Sequence[tuple[float, float]],
     sigmas: Sequence[float],
     settings: GuidanceSettings,
     percent_to_sigma: Callable[[float], float],
@@ -70,15 +69,16 @@ def make_plan(
     is skipped until ``interval`` of the diffusion time has passed since the last guided one; each guided step stands
     for the time until the next (or until its targets end), and its move is in proportion.
 
-    Args: sigmas (steps + 1), descending, of the sampler; percent_to_sigma of the model.
+    Args: ranges, each target's start and end percent; sigmas (steps + 1), descending, of the sampler; percent_to_sigma of
+    the model.
     """
-    if not targets or settings.strength == 0:
+    if settings.strength == 0:
         return Plan(steps=())
-    ranges = [(percent_to_sigma(t.start_percent), percent_to_sigma(t.end_percent)) for t in targets]
+    limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
     chosen: list[tuple[int, float, tuple[int, ...]]] = []
     last = -math.inf
     for step, sigma in enumerate(sigmas[:-1]):
-        active = tuple(i for i, (start, end) in enumerate(ranges) if end <= sigma <= start)
+        active = tuple(i for i, (start, end) in enumerate(limits) if end <= sigma <= start)
         percent = percent_of(sigma, percent_to_sigma)
         if not active or (settings.mode == "fast" and percent - last < settings.interval * 0.999):
             continue
@@ -86,7 +86,7 @@ def make_plan(
         last = percent
     planned = []
     for k, (step, percent, active) in enumerate(chosen):
-        end = max(targets[i].end_percent for i in active)
+        end = max(ranges[i][1] for i in active)
         if k + 1 < len(chosen):
             end = min(end, chosen[k + 1][1])
         end = min(end, percent_of(sigmas[-1], percent_to_sigma))

