@@ -6,6 +6,7 @@ a graph; the graph spans :meth:`BranchReader.apply_model` only.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import comfy.model_patcher
@@ -112,7 +113,8 @@ class BranchReader:
                     read = Branch(features=[f[rows] for f in features], emb=emb[rows], z=z[rows])
                     self.source.setdefault(branch, self._objective.source_step(read))
             return denoised
-        with gradient_scope(self._model.diffusion_model), FeatureTap(self._model.diffusion_model, self._backbone) as tap:
+        network = self._model.diffusion_model
+        with gradient_scope(network), _in_place_allowed(control, options), FeatureTap(network, self._backbone) as tap:
             leaf = x.detach().clone().requires_grad_()
             denoised = executor(
                 leaf,
@@ -147,6 +149,16 @@ class BranchReader:
         (gradient,) = torch.autograd.grad(outputs, leaf, [g * gain.to(g.dtype) for _, g in pairs], retain_graph=not last)
         self._losses.append(loss.detach())
         self._gradients.append(gradient[rows].float() / gain / scale[rows])
+
+
+def _in_place_allowed(control: Any, options: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
+    """ControlNets' outputs are added in place, and other nodes' patches may write in place, to what backward needs.
+
+    PyTorch copies such tensors before they change; that slows every operation a little, so it is on only then.
+    """
+    if control is not None or options.get("patches") or options.get("patches_replace"):
+        return torch.autograd.graph.allow_mutation_on_saved_tensors()
+    return contextlib.nullcontext()
 
 
 def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:

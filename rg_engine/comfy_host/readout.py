@@ -33,7 +33,7 @@ def read_out(
     sigma = min(max(sigma, float(model_sampling.sigma_min)), float(model_sampling.sigma_max))
     reader = _ReadOnce(head, backbone)
     guider = comfy.samplers.CFGGuider(model.clone())
-    guider.set_conds(positive if positive is not None else _empty_prompt(model), None)
+    guider.inner_set_conds({"positive": positive if positive is not None else _empty_prompt(model)})
     guider.set_cfg(1.0)
     add_wrapper_with_key(WrappersMP.APPLY_MODEL, "readout_guidance_read", reader.apply_model, guider.model_options, is_model_options=True)
     guider.sample(noise, samples, reader, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)

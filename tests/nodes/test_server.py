@@ -1,0 +1,201 @@
+"""The extension in a real ComfyUI server: what its page is told, and what happens to what the page sends."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from comfyui_host import REPOSITORY
+from comfyui_server import Server, running_server
+from PIL import Image
+
+KSAMPLER = [
+    "model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise",
+]  # fmt: skip
+GUIDANCE = ["strength", "mode", "iterations", "source_cfg"]
+
+#: Ids, input names in order (required, optional) and output types: shared workflows depend on them, so append only.
+CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
+    "RG_LoadReadoutHead": (["head_name", "kind"], [], ["READOUT_HEAD"]),
+    "RG_ReadoutTarget": (
+        ["head", "weight", "start_percent", "end_percent"],
+        ["image", "mask", "drag_points", "reference_latent", "previous"],
+        ["READOUT_TARGET"],
+    ),
+    "RG_DragPoints": (["points"], ["image"], ["DRAG_POINTS", "IMAGE"]),
+    "RG_ReadoutGuider": (["model", "positive", "negative", "cfg", "target", *GUIDANCE], [], ["GUIDER"]),
+    "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], [], ["LATENT"]),
+    "RG_ReadOut": (["model", "head", "latent", "noise_percent", "seed"], ["positive"], ["READOUT", "IMAGE"]),
+    "RG_LoadDemoModel": ([], [], ["MODEL", "CLIP", "VAE"]),
+    "RG_DemoScene": (["seed", "count", "figure_only"], [], ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "STRING"]),
+}
+#: Known from KSampler; a tooltip would only repeat the name.
+NEED_NO_TOOLTIP = {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"}
+
+
+@pytest.fixture(scope="session")
+def started_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with running_server(tmp_path_factory.mktemp("server")) as server:
+        yield server
+
+
+@pytest.fixture
+def server(started_server: Server) -> Iterator[Server]:
+    """The server; what it logged in a test is shown if the test fails."""
+    before = len(started_server.log())
+    yield started_server
+    print(started_server.log()[before:][-6000:])
+
+
+@pytest.fixture
+def workflow(server: Server) -> Any:
+    """workflow(name) is an example workflow as a prompt, in four steps."""
+    nodes = server.json("/object_info")
+
+    def read(name: str) -> dict[str, Any]:
+        page = json.loads((REPOSITORY / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
+        prompt = to_prompt(page, lambda node: nodes[node]["input"])
+        change(prompt, "RG_ReadoutGuidedKSampler", steps=4)
+        return prompt
+
+    return read
+
+
+def to_prompt(page: dict[str, Any], node_inputs: Any) -> dict[str, Any]:
+    """The engine's own conversion, imported by its folder: this process needs no ComfyUI."""
+    name = "rg_engine_for_the_server_tests"
+    if name not in sys.modules:
+        root = REPOSITORY / "rg_engine"
+        spec = importlib.util.spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return importlib.import_module(f"{name}.comfy_host.workflow").to_prompt(page, node_inputs)
+
+
+def change(prompt: dict[str, Any], class_type: str, **inputs: Any) -> str:
+    """Set inputs of the only node of a class; returns its id."""
+    (node_id,) = (key for key, node in prompt.items() if node["class_type"] == class_type)
+    prompt[node_id]["inputs"].update(inputs)
+    return node_id
+
+
+def pictures(server: Server, outputs: dict[str, Any]) -> list[Image.Image]:
+    """Every picture that a run saved, as the page loads it."""
+    found = []
+    for output in outputs.values():
+        for saved in output["images"]:
+            status, content = server.request(f"/view?filename={saved['filename']}&type={saved['type']}")
+            assert status == 200
+            found.append(Image.open(io.BytesIO(content)))
+    return found
+
+
+def messages(node_errors: dict[str, Any], node_id: str) -> list[tuple[str, str]]:
+    return [(error["type"], error["details"]) for error in node_errors[node_id]["errors"]]
+
+
+# What the page is told
+
+
+def test_the_nodes_are_the_contracts(server):
+    ours = {key: node for key, node in server.json("/object_info").items() if key.startswith("RG_")}
+    assert set(ours) == set(CONTRACT)
+    for node_id, (required, optional, outputs) in CONTRACT.items():
+        order = ours[node_id]["input_order"]
+        assert order.get("required", []) == required, node_id
+        assert order.get("optional", []) == optional, node_id
+        assert ours[node_id]["output"] == outputs, node_id
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_a_node_explains_itself(server, node_id):
+    node = server.json(f"/object_info/{node_id}")[node_id]
+    assert node["category"] == "Readout Guidance"
+    assert node["description"].endswith(".")
+    inputs = {**node["input"].get("required", {}), **node["input"].get("optional", {})}
+    silent = {name for name, (_, options) in inputs.items() if not options.get("tooltip")}
+    assert silent <= NEED_NO_TOOLTIP
+
+
+@pytest.mark.parametrize("node_id", CONTRACT)
+def test_a_help_page_explains_every_input_of_its_node(server, node_id):
+    node = server.json(f"/object_info/{node_id}")[node_id]
+    extension = node["python_module"].removeprefix("custom_nodes.")  # as the page finds it
+    status, content = server.request(f"/extensions/{extension}/docs/{node_id}.md")
+    assert status == 200
+    text = content.decode()
+    assert text.startswith(f"# {node['display_name']}\n")
+    required, optional, _ = CONTRACT[node_id]
+    assert re.findall(r"^\| `(\w+)` \|", text.partition("## Outputs")[0], re.MULTILINE) == required + optional
+
+
+# What happens to what the page sends
+
+
+@pytest.mark.parametrize("name", ["pose", "depth", "edges"])
+def test_an_example_workflow_of_the_demo_model_makes_pictures(server, workflow, name):
+    made, read = pictures(server, server.run(workflow(name)))
+    assert made.size == read.size == (128, 128)
+    assert max(high - low for low, high in made.convert("RGB").getextrema()) > 20, "the picture is one flat colour"
+
+
+@pytest.mark.parametrize("name", ["pose_sd15", "pose_sdxl"])
+def test_an_example_workflow_of_a_big_model_lacks_its_files_only(server, workflow, name):
+    refused = server.refusal(workflow(name))
+    lacking = {
+        (node["class_type"], error["extra_info"]["input_name"]) for node in refused.values() for error in node["errors"]
+    }
+    assert lacking == {("CheckpointLoaderSimple", "ckpt_name"), ("LoadImage", "image"), ("RG_LoadReadoutHead", "head_name")}
+
+
+def test_a_head_outside_the_folder_is_refused_though_it_exists(server, workflow):
+    prompt = workflow("pose")
+    inside = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
+    shutil.copy(inside, server.base / "models" / "secret.safetensors")
+    loader = change(prompt, "RG_LoadReadoutHead", head_name="../secret.safetensors")
+    assert [kind for kind, _ in messages(server.refusal(prompt), loader)] == ["value_not_in_list"]
+
+
+def test_a_head_put_into_the_folder_can_be_chosen_at_once(server, workflow):
+    prompt = workflow("pose")
+    inside = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
+    shutil.copy(inside, server.base / "models" / "readout_heads" / "mine.safetensors")
+    change(prompt, "RG_LoadReadoutHead", head_name="mine.safetensors")
+    assert len(pictures(server, server.run(prompt))) == 2
+
+
+def test_a_target_that_ends_before_it_starts_is_refused(server, workflow):
+    prompt = workflow("pose")
+    target = change(prompt, "RG_ReadoutTarget", start_percent=0.7, end_percent=0.6)
+    ((kind, details),) = messages(server.refusal(prompt), target)
+    assert kind == "custom_validation_failed"
+    assert "start_percent 0.7 is not before end_percent 0.6: the target would never guide" in details
+
+
+def test_malformed_points_are_refused_where_they_are_wrong(server):
+    prompt = {
+        "1": {"class_type": "RG_DragPoints", "inputs": {"points": '{"version": 1, "drags": [}'}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}},
+    }
+    ((kind, details),) = messages(server.refusal(prompt), "1")
+    assert kind == "custom_validation_failed"
+    assert "points is not JSON (line 1, column 26): expected {" in details
+
+
+def test_the_next_prompt_runs_after_an_interrupt(server, workflow):
+    endless, short = workflow("pose"), workflow("pose")
+    change(endless, "RG_ReadoutGuidedKSampler", steps=1000, seed=2)
+    change(short, "RG_ReadoutGuidedKSampler", seed=3)
+    stopped = server.queue(endless)
+    server.wait(lambda: re.search(r"\b[1-9]\d*/1000\b", server.log()), "a few of the steps")
+    server.request("/interrupt", {})
+    events = [event for event, _ in server.finished(stopped)["status"]["messages"]]
+    assert "execution_interrupted" in events
+    assert len(pictures(server, server.run(short))) == 2
