@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -113,9 +112,8 @@ def running_server(folder: Path) -> Iterator[Server]:
         "--output-directory", str(base / "output"), "--temp-directory", str(base), "--database-url", "sqlite:///:memory:",
         "--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", EXTENSION,
     ]  # fmt: skip
-    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     with log.open("wb") as out:
-        process = subprocess.Popen(command, cwd=comfyui, stdout=out, stderr=subprocess.STDOUT, env=environment)
+        process = subprocess.Popen(command, cwd=comfyui, stdout=out, stderr=subprocess.STDOUT)
     try:
         server = Server(f"http://127.0.0.1:{port}", process, base, log)
         server.wait(lambda: _answers(server), "the server's start")

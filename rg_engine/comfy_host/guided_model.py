@@ -203,9 +203,10 @@ class ModelGuidance:
         prediction = reader.run(guider, CONDITIONAL, x, timestep, options)
         run.losses.append(reader.loss)
         before = x.clone()
-        move = rms_step(reader.gradient, planned.length) / input_scale(guider.inner_model, timestep, x)
+        scale = input_scale(guider.inner_model, timestep, x)
+        move = rms_step(reader.gradient, planned.length) / scale
         move = _inside(move, run.denoise_mask).to(x.dtype)
-        self._move(run, x, x + move)
+        self._move(run, x, x + move, scale)
         if not reader.whole:
             return executor(x, timestep, options, seed)
         positive = guider.conds["positive"]
@@ -238,7 +239,7 @@ class ModelGuidance:
             with torch.inference_mode(False):
                 z = update.step(gradient.clone())
             moved = z / scale
-            self._move(run, x, before + _inside(moved - before, run.denoise_mask).to(x.dtype))
+            self._move(run, x, before + _inside(moved - before, run.denoise_mask).to(x.dtype), scale)
 
     def _reader(self, run: _Run, planned: PlannedStep, branch: int, x: Tensor) -> BranchReader:
         assert run.objective is not None
@@ -251,11 +252,15 @@ class ModelGuidance:
             return (UNCONDITIONAL, CONDITIONAL)
         return (CONDITIONAL,)
 
-    def _move(self, run: _Run, x: Tensor, moved: Tensor) -> None:
+    def _move(self, run: _Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:
         """Move x, and the sampler's own latent where that is another tensor, in place and by the same amount."""
-        latent = run.steps.latent if run.steps is not None else None
-        if latent is not None and latent is not x:
-            latent += moved - x
+        steps = run.steps
+        assert steps is not None
+        if steps.moved_afterwards:
+            waiting = (moved - x) * scale
+            steps.waiting_move = waiting if steps.waiting_move is None else steps.waiting_move + waiting
+        elif steps.latent is not None and steps.latent is not x:
+            steps.latent += moved - x
         x.copy_(moved)
 
     def _report(self, run: _Run) -> None:

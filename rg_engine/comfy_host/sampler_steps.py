@@ -6,10 +6,11 @@ often; a step is guided at its first call only.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -26,6 +27,8 @@ CALLS_AT_NEXT_SIGMA = {
 }
 #: Samplers that choose their own sigmas between the schedule's ends: a planned step is guided when they have passed it.
 CHOOSE_OWN_SIGMAS = ("dpm_fast_function", "dpm_adaptive_function")
+#: Samplers that hand the model a scaled copy and correct their latent afterwards: moves are added after the correction.
+MOVED_AFTERWARDS = ("sample_unipc", "sample_unipc_bh2")
 
 
 class SamplerSteps:
@@ -36,6 +39,8 @@ class SamplerSteps:
         name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
         self._skip = CALLS_AT_NEXT_SIGMA.get(name, 0)
         self._free = name in CHOOSE_OWN_SIGMAS
+        self.moved_afterwards = name in MOVED_AFTERWARDS
+        self.waiting_move: Tensor | None = None  # in z, until the sampler's next correction
         self._pending = list(plan.steps)
         self._step = 0
         self._calls = 0  # since the last callback, at the coming step's sigma
@@ -91,11 +96,34 @@ def watched(sampler: Any, steps: Callable[[], SamplerSteps | None]) -> Any:
 
     @functools.wraps(function)
     def sample(model: Any, *args: Any, **kwargs: Any) -> Tensor:
-        return function(_WatchedModel(model, steps), *args, **kwargs)
+        afterwards = _unipc_moves(steps) if function.__name__ in MOVED_AFTERWARDS else contextlib.nullcontext()
+        with afterwards:
+            return function(_WatchedModel(model, steps), *args, **kwargs)
 
     shown = copy.copy(sampler)
     shown.sampler_function = sample
     return shown
+
+
+@contextlib.contextmanager
+def _unipc_moves(steps: Callable[[], SamplerSteps | None]) -> Iterator[None]:
+    """UniPC keeps its latent (at the network's scale) to itself; the move that waits is added as it leaves an update."""
+    from comfy.extra_samplers.uni_pc import UniPC
+
+    original = UniPC.multistep_uni_pc_update
+
+    def update(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        x, model_x = original(self, *args, **kwargs)
+        now = steps()
+        if now is not None and now.waiting_move is not None:
+            x, now.waiting_move = x + now.waiting_move, None
+        return x, model_x
+
+    UniPC.multistep_uni_pc_update = update
+    try:
+        yield
+    finally:
+        UniPC.multistep_uni_pc_update = original
 
 
 class _WatchedModel:

@@ -1,0 +1,375 @@
+"""Readout heads: what the network computes, and what is read from files, good and bad."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.nn import functional as F
+
+from rg_engine.convert import convert_head
+from rg_engine.errors import HeadFileError
+from rg_engine.heads import load_head, save_head, to_authors_layout
+from rg_engine.heads.files import METADATA_KEY
+
+SIZE = (6, 5)
+
+
+def save_authors(head, path, *, sequential=False, change=None, **config):
+    """Write ``head`` as the authors do; ``change(tensors)`` spoils it, ``config`` is added to its configuration."""
+    layout = to_authors_layout(head)
+    tensors = layout["aggregation_network"]
+    if sequential:
+        layout["aggregation_network"] = tensors = {_sequential(key): value for key, value in tensors.items()}
+    if change is not None:
+        change(tensors)
+    layout["config"].update(config)
+    torch.save(layout, path)
+    return path
+
+
+def _sequential(key):
+    parts = key.split(".")
+    return ".".join([*parts[:2], "0", *parts[2:]]) if parts[0] == "bottleneck_layers" else key
+
+
+def same_tensors(a, b):
+    ours, theirs = a.network.state_dict(), b.network.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+# The network
+
+
+@pytest.mark.parametrize(("kind", "channels"), [("spatial", 3), ("appearance", 32)])
+def test_a_readout_has_the_latent_s_size(make_head, make_features, kind, channels):
+    assert make_head(kind).read(*make_features(2), SIZE).shape == (2, channels, *SIZE)
+
+
+def test_resizing_after_the_first_convolution_equals_resizing_the_features_first(make_head, make_features):
+    network, (features, emb) = make_head("appearance").network.double(), make_features(2)
+    resized = [F.interpolate(f.double(), SIZE, mode="bilinear") for f in features]
+    torch.testing.assert_close(network(features, emb, SIZE), network(resized, emb, SIZE))
+
+
+def test_a_large_mixing_weight_leaves_one_layer(make_head, make_features):
+    network, (features, emb) = make_head("appearance").network, make_features()
+    network.mixing_weights.copy_(torch.tensor([0.0, 100.0, 0.0]))
+    torch.testing.assert_close(network(features, emb, SIZE), network.bottleneck_layers[1](features[1], emb, SIZE))
+
+
+def test_emb_changes_the_readout_and_none_leaves_it_out(make_head, make_features):
+    features, emb = make_features()
+    with_emb, without = make_head("appearance"), make_head("appearance", emb_width=0)
+    missing, unexpected = without.network.load_state_dict(with_emb.network.state_dict(), strict=False)
+    assert not missing
+    assert all("emb_layers" in key for key in unexpected)
+    plain = without.read(features, None, SIZE)
+    assert torch.equal(with_emb.read(features, None, SIZE), plain)
+    assert torch.equal(without.read(features, emb, SIZE), plain)
+    assert not torch.allclose(with_emb.read(features, emb, SIZE), plain)
+
+
+def test_a_picture_s_readout_does_not_depend_on_the_others(make_head, make_features):
+    head, (features, emb) = make_head(), make_features(3)
+    alone = [head.read([f[i : i + 1] for f in features], emb[i : i + 1], SIZE) for i in range(3)]
+    torch.testing.assert_close(head.read(features, emb, SIZE), torch.cat(alone))
+
+
+# Files that are as they should be
+
+
+def test_saving_and_loading_keeps_tensors_and_spec(make_head, tmp_path):
+    head = make_head(
+        control_range=(0.0, 2.0), backbone="SD1.5", use_emb=False, timestep_convention="reversed", activation="none",
+        training={"steps": 7, "control": "pose"},
+    )  # fmt: skip
+    save_head(head, tmp_path / "h.safetensors")
+    loaded = load_head(tmp_path / "h.safetensors")
+    assert same_tensors(loaded, head)
+    assert loaded.spec == head.spec
+    assert loaded.network.activation == "none"
+    assert not any(p.requires_grad for p in loaded.network.parameters())
+
+
+def test_a_head_stored_in_fp16_is_half_as_large_and_is_run_in_fp32(make_head, make_features, tmp_path):
+    head, full, half = make_head(), tmp_path / "full.safetensors", tmp_path / "half.safetensors"
+    save_head(head, full)
+    save_head(head, half, dtype=torch.float16)
+    assert half.stat().st_size < 0.6 * full.stat().st_size
+    loaded = load_head(half)
+    assert {p.dtype for p in loaded.network.parameters()} == {torch.float32}
+    features, emb = make_features()
+    torch.testing.assert_close(loaded.read(features, emb, SIZE), head.read(features, emb, SIZE), rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+def test_both_key_layouts_of_an_authors_file_are_read(make_head, make_features, tmp_path, sequential):
+    head, (features, emb) = make_head(control_range=(0.0, 1.0)), make_features()
+    loaded = load_head(save_authors(head, tmp_path / "h.pt", sequential=sequential))
+    assert same_tensors(loaded, head)
+    assert loaded.spec.control_range == (0.0, 1.0)
+    assert loaded.spec.timestep_convention == "reversed"
+    used = None if sequential else emb  # the authors' sequential layout never passes emb on
+    torch.testing.assert_close(loaded.read(features, emb, SIZE), head.network(features, used, SIZE))
+    assert loaded.emb_width == (None if sequential else 10)
+
+
+@pytest.mark.parametrize("told", [None, "correspondence"])
+def test_an_authors_correspondence_head_is_run_without_emb(make_head, make_features, tmp_path, told):
+    head, (features, emb) = make_head("correspondence"), make_features()
+    name = "readout_correspondence.pt" if told is None else "some.pt"
+    loaded = load_head(save_authors(head, tmp_path / name), told)
+    assert torch.equal(loaded.read(features, emb, SIZE), head.network(features, None, SIZE))
+
+
+@pytest.mark.parametrize("sequential", [False, True])
+@pytest.mark.parametrize("kind", ["spatial", "appearance"])
+def test_converting_there_and_back_keeps_what_a_head_reads(make_head, make_features, tmp_path, kind, sequential):
+    pt, ours, back = (tmp_path / name for name in ("appearance.pt", "ours.safetensors", "back_appearance.pt"))
+    save_authors(make_head(kind), pt, sequential=sequential)
+    convert_head(pt, ours)
+    convert_head(ours, back)
+    features, emb = make_features()
+    first, last = load_head(pt), load_head(back)
+    assert same_tensors(first, last)
+    assert torch.equal(first.read(features, emb, SIZE), last.read(features, emb, SIZE))
+
+
+def test_a_converted_head_still_says_its_kind(make_head, tmp_path):
+    save_head(make_head("appearance"), tmp_path / "ours.safetensors")
+    convert_head(tmp_path / "ours.safetensors", tmp_path / "back.pt")
+    assert load_head(tmp_path / "back.pt").spec.kind == "appearance"
+
+
+def test_converting_to_another_ending_is_refused(make_head, tmp_path):
+    save_head(make_head(), tmp_path / "h.safetensors")
+    with pytest.raises(HeadFileError, match=r"neither \.safetensors nor \.pt"):
+        convert_head(tmp_path / "h.safetensors", tmp_path / "h.ckpt")
+
+
+# The kind
+
+
+@pytest.mark.parametrize(
+    ("made", "channels", "name", "config", "kind"),
+    [
+        ("spatial", 3, "h.pt", {}, "spatial"),
+        ("spatial", 18, "h.pt", {}, "keypoint"),
+        ("spatial", 3, "not_appearance.pt", {}, "spatial"),
+        ("appearance", 0, "readout_Appearance.pt", {}, "appearance"),
+        ("appearance", 0, "readout_correspondence.pt", {}, "correspondence"),
+        ("appearance", 0, "h.pt", {"dataset_args": {"dataset": "triplets"}}, "appearance"),
+        ("appearance", 0, "h.pt", {"dataset_args": {"dataset": "point_tracks"}}, "correspondence"),
+    ],
+)
+def test_auto_finds_the_kind_of_an_authors_file(make_head, tmp_path, made, channels, name, config, kind):
+    head = make_head(made, output_channels=channels)
+    assert load_head(save_authors(head, tmp_path / name, **config)).spec.kind == kind
+
+
+@pytest.mark.parametrize(
+    ("channels", "name", "kind"),
+    [
+        (3, "h.safetensors", "spatial"),
+        (18, "h.safetensors", "keypoint"),
+        (0, "an_appearance_head.safetensors", "appearance"),
+        (0, "correspondence.safetensors", "correspondence"),
+    ],
+)
+def test_auto_finds_the_kind_of_a_safetensors_file_without_metadata(make_head, tmp_path, channels, name, kind):
+    save_file(make_head("spatial", output_channels=channels).network.state_dict(), tmp_path / name)
+    assert load_head(tmp_path / name).spec.kind == kind
+
+
+def test_where_auto_cannot_tell_the_error_asks_for_kind(make_head, tmp_path):
+    pt, ours = save_authors(make_head("appearance"), tmp_path / "h.pt"), tmp_path / "h.safetensors"
+    save_file(make_head("appearance").network.state_dict(), ours)
+    for path in (pt, ours):
+        with pytest.raises(HeadFileError, match="choose appearance or correspondence as kind"):
+            load_head(path)
+        assert load_head(path, "appearance").spec.kind == "appearance"
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        ("appearance", "spatial"), ("appearance", "keypoint"), ("spatial", "appearance"), ("spatial", "correspondence"),
+        ("spatial", "lgp"), ("spatial", "no such kind"),
+    ],
+)  # fmt: skip
+def test_a_kind_that_the_tensors_contradict_is_refused(make_head, tmp_path, made, told):
+    save_head(make_head(made), tmp_path / "h.safetensors")
+    with pytest.raises(HeadFileError, match=told):
+        load_head(tmp_path / "h.safetensors", told)
+
+
+# Files that are not as they should be
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "bottleneck_layers.0.conv1.weight",
+        "bottleneck_layers.0.conv3.weight",
+        "bottleneck_layers.0.emb_layers.weight",
+        "bottleneck_layers.1.conv2.norm.bias",
+        "output_head.0.weight",
+        "output_head.4.weight",
+    ],
+)
+@pytest.mark.parametrize("damage", ["missing", "larger", "a number"])
+def test_a_damaged_tensor_is_named(make_head, tmp_path, key, damage):
+    def change(tensors):
+        value = tensors.pop(key)
+        if damage != "missing":
+            tensors[key] = torch.cat([value, value[:1]]) if damage == "larger" else torch.tensor(1.0)
+
+    path = save_authors(make_head(), tmp_path / "h.pt", change=change)
+    with pytest.raises(HeadFileError, match=key.rpartition(".")[0]):
+        load_head(path)
+
+
+@pytest.mark.parametrize("key", ["extra.weight", "bottleneck_layers.1.conv4.weight"])
+def test_an_unexpected_tensor_is_named(make_head, tmp_path, key):
+    path = save_authors(make_head(), tmp_path / "h.pt", change=lambda tensors: tensors.update({key: torch.ones(2)}))
+    with pytest.raises(HeadFileError, match=f"unexpected {key}"):
+        load_head(path)
+
+
+def test_a_head_over_several_timesteps_is_refused(make_head, tmp_path):
+    path = save_authors(make_head(), tmp_path / "h.pt", change=lambda t: t.update(mixing_weights=torch.ones(6)))
+    with pytest.raises(HeadFileError, match="several timesteps"):
+        load_head(path)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt", ".legacy.pt"])
+def test_a_file_cut_off_anywhere_is_refused(make_head, tmp_path, ending):
+    whole, cut = tmp_path / f"whole{ending}", tmp_path / f"cut{ending}"
+    if ending == ".safetensors":
+        save_head(make_head(), whole)
+    else:
+        torch.save(to_authors_layout(make_head()), whole, _use_new_zipfile_serialization=ending == ".pt")
+    content = whole.read_bytes()
+    for length in (*range(60), *range(60, len(content), len(content) // 40)):
+        cut.write_bytes(content[:length])
+        with pytest.raises(HeadFileError, match="cut"):
+            load_head(cut)
+
+
+@pytest.mark.parametrize("ending", [".safetensors", ".pt"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"garbage",
+        b"PK\x03\x04garbage",
+        b"\x80\x02.",
+        b"\x80\x02}.",
+        b"\x80\x02K\x01a.",
+        bytes(range(256)),
+        pickle.dumps([1, "x"]),
+    ],
+)
+def test_a_file_of_something_else_is_refused(tmp_path, ending, content):
+    path = tmp_path / f"h{ending}"
+    path.write_bytes(content)
+    with pytest.raises(HeadFileError, match="'h"):
+        load_head(path)
+
+
+@pytest.mark.parametrize(
+    "saved",
+    [
+        {},
+        [1],
+        {"config": {}},
+        {"aggregation_network": {}},
+        {"aggregation_network": {"mixing_weights": 1}},
+        {"aggregation_network": {"mixing_weights": torch.ones(1)}},
+    ],
+)
+def test_a_pytorch_file_of_something_else_is_refused(tmp_path, saved):
+    torch.save(saved, tmp_path / "h.pt")
+    with pytest.raises(HeadFileError, match="not a readout head"):
+        load_head(tmp_path / "h.pt")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"dataset_args": {"control_range": "wide"}},
+        {"dataset_args": {"control_range": 1}},
+        {"dataset_args": [1]},
+        {"aggregation_kwargs": [1]},
+    ],
+)
+def test_an_authors_file_with_a_damaged_configuration_is_refused(make_head, tmp_path, config):
+    with pytest.raises(HeadFileError, match=r"h\.pt"):
+        load_head(save_authors(make_head(), tmp_path / "h.pt", **config))
+
+
+def test_a_missing_file_is_named_with_the_folder_to_put_it_in(tmp_path):
+    with pytest.raises(HeadFileError, match=r"'h.pt'.*models/readout_heads"):
+        load_head(tmp_path / "h.pt")
+
+
+class Trap:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("container", ["pickle", "legacy", "zip"])
+def test_code_in_a_file_is_not_run(tmp_path, container):
+    path, marker = tmp_path / "h.pt", tmp_path / "code was run"
+    content = {"aggregation_network": {"mixing_weights": torch.ones(1)}, "config": Trap(marker)}
+    if container == "pickle":
+        path.write_bytes(pickle.dumps({"config": Trap(marker)}))
+    else:
+        torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
+    with pytest.raises(HeadFileError, match="may run code"):
+        load_head(path)
+    assert not marker.exists()
+    with contextlib.suppress(Exception):
+        torch.load(path, weights_only=False)
+    assert marker.exists(), "the trap works"
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format_version": "2"}, "head format 2"),
+        ({"colour": "blue"}, "colour"),
+        ({"kind": "smell"}, "kind 'smell' is unknown"),
+        ({"activation": "relu"}, "activation 'relu' is unknown"),
+        ({"timestep_convention": "x"}, "timestep_convention 'x' is unknown"),
+        ({"control_range": [1.0, 0.0]}, "control_range"),
+        ({"control_range": [0.0, 1.0, 2.0]}, "range"),
+        ({"control_range": None}, "damaged metadata"),
+    ],
+)
+def test_metadata_that_is_not_understood_is_refused(make_head, tmp_path, change, words):
+    path = tmp_path / "h.safetensors"
+    head = make_head()
+    save_head(head, path)
+    described = {"format_version": "1", "feature_channels": [], "kind": "spatial", "control_range": [0.0, 1.0], **change}
+    save_file(load_file(path), path, metadata={METADATA_KEY: json.dumps(described)})
+    with pytest.raises(HeadFileError, match=words):
+        load_head(path)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "1", '"x"', "{}", '{"format_version": "1"}'])
+def test_damaged_metadata_is_refused(make_head, tmp_path, text):
+    path = tmp_path / "h.safetensors"
+    save_file(make_head().network.state_dict(), path, metadata={METADATA_KEY: text})
+    with pytest.raises(HeadFileError, match="damaged metadata"):
+        load_head(path)

@@ -1,0 +1,144 @@
+"""Whatever happens during a guided run, the loaded model and ComfyUI are as before."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+from comfyui_host import engine
+
+
+class Broken(Exception):
+    pass
+
+
+def fingerprint(model) -> list:
+    """Each parameter as an object, its bytes, and every hook and replaced forward of the network."""
+    network = model.model.diffusion_model
+    found = []
+    for name, parameter in network.named_parameters():
+        digest = hashlib.sha256(parameter.detach().clone().numpy().tobytes()).hexdigest()
+        found.append((name, id(parameter), parameter.is_inference(), digest))
+    for name, module in network.named_modules():
+        found.append((name, len(module._forward_hooks), len(module._forward_pre_hooks), "forward" in module.__dict__))
+    return found
+
+
+def modes() -> tuple[bool, bool]:
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+
+class FailingBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise Broken
+
+
+def break_tap(small, monkeypatch):
+    def fail(self):
+        raise Broken
+
+    monkeypatch.setattr(engine("features.tap").FeatureTap, "take", fail)
+
+
+def break_head(small, monkeypatch):
+    def fail(self, *_):
+        raise Broken
+
+    monkeypatch.setattr(engine("heads.aggregation").AggregationNetwork, "forward", fail)
+
+
+def break_loss(small, monkeypatch):
+    def fail(*_, **__):
+        raise Broken
+
+    monkeypatch.setattr(engine("guidance.objective"), "spatial_loss", fail)
+
+
+def break_backward(small, monkeypatch):
+    """Fails in the network's own backward, after that of the head."""
+    block = small.model.model.diffusion_model.input_blocks[1][0]
+    original = block.forward
+    monkeypatch.setattr(block, "forward", lambda x, *a: FailingBackward.apply(original(x, *a)))
+
+
+def break_update(small, monkeypatch):
+    def fail(*_, **__):
+        raise Broken
+
+    monkeypatch.setattr(engine("comfy_host.guided_model"), "rms_step", fail)
+
+
+def interrupt(small, monkeypatch):
+    import comfy.model_management
+
+    take = engine("features.tap").FeatureTap.take
+
+    def interrupted(self):
+        comfy.model_management.interrupt_current_processing(True)
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        return take(self)
+
+    monkeypatch.setattr(engine("features.tap").FeatureTap, "take", interrupted)
+
+
+def run_out_of_memory(small, monkeypatch):
+    import comfy.model_management
+
+    block = small.model.model.diffusion_model.output_blocks[4][0]
+
+    def fail(*_):
+        raise comfy.model_management.OOM_EXCEPTION("out of memory")
+
+    monkeypatch.setattr(block, "forward", fail)
+
+
+STAGES = [break_tap, break_head, break_loss, break_backward, break_update, interrupt, run_out_of_memory]
+RAISED = {interrupt: "InterruptProcessingException", run_out_of_memory: "OutOfMemoryError"}
+
+
+@pytest.mark.parametrize("stage", STAGES, ids=lambda f: f.__name__)
+def test_after_an_error(small, stage):
+    plain = small.plain()
+    before, before_modes = fingerprint(small.model), modes()
+    target = small.target()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        stage(small, monkeypatch)
+        with pytest.raises(Exception) as caught:
+            small.sample(target)
+    assert caught.type.__name__ == RAISED.get(stage, "Broken")
+    assert fingerprint(small.model) == before
+    assert modes() == before_modes
+    assert not any(p.requires_grad for p in target.head.network.parameters())
+    assert torch.equal(small.plain(), plain)
+    assert torch.isfinite(small.sample(target)).all()
+
+
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_after_success(small, mode):
+    plain = small.plain()
+    before, before_modes = fingerprint(small.model), modes()
+    small.sample(small.target(previous=small.target("appearance")), mode=mode)
+    assert fingerprint(small.model) == before
+    assert modes() == before_modes
+    assert torch.equal(small.plain(), plain)
+
+
+def test_the_model_that_was_given_is_not_changed(small):
+    wrappers, options = dict(small.model.wrappers), dict(small.model.model_options)
+    small.sample(small.target())
+    assert small.model.wrappers == wrappers
+    assert small.model.model_options == options
+
+
+def test_inputs_are_not_changed(small):
+    latent = {"samples": torch.randn(1, 4, 16, 16)}
+    kept = [t.clone() for t in (latent["samples"], small.positive[0][0], small.control)]
+    small.sample(small.target(), latent_image=latent, denoise=0.7)
+    for now, then in zip((latent["samples"], small.positive[0][0], small.control), kept, strict=True):
+        assert torch.equal(now, then)
