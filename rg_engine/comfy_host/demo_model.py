@@ -62,6 +62,10 @@ class DemoModelConfig(comfy.supported_models.SD15):
     def model_type(self, state_dict: dict, prefix: str = "") -> Any:
         return comfy.model_base.ModelType.V_PREDICTION
 
+    def inpaint_model(self) -> bool:
+        """ComfyUI takes more than 4 channels for an inpainting model's."""
+        return False
+
 
 def load_demo_model() -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE. Raises ModelWorldError if a file is missing or damaged."""

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -145,7 +145,7 @@ def _loop(
     """AdamW with warm-up and cosine decay, bf16 autocast, EMA; saves the EMA and resumes from ``out``.state."""
     device = next(model.parameters()).device.type
     optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.9985))
+    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_moving_average)
     state_path, start = out.with_suffix(".state"), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     if state_path.exists():
@@ -157,7 +157,7 @@ def _loop(
     model.train()
     losses: list[float] = []
     saved = logged = time.monotonic()
-    for step in _steps(start, steps):
+    for step in range(start, steps):
         rate = learning_rate * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
         for group in optimiser.param_groups:
             group["lr"] = rate
@@ -184,8 +184,10 @@ def _loop(
     model.load_state_dict(average.module.state_dict())
 
 
-def _steps(start: int, steps: int) -> Iterator[int]:
-    yield from range(start, steps)
+def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+    """EMA of 0.9985 that forgets the first steps quickly."""
+    count = int(count)
+    return torch.lerp(value, average, min(0.9985, (1 + count) / (10 + count)))
 
 
 def _save(out: Path, model: nn.Module) -> None:

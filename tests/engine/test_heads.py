@@ -23,6 +23,7 @@ SIZE = (6, 5)
 def save_authors(head, path, *, sequential=False, change=None, **config):
     """Write ``head`` as the authors do; ``change(tensors)`` spoils it, ``config`` is added to its configuration."""
     layout = to_authors_layout(head)
+    layout["config"]["dataset_args"] = {"control_range": list(head.spec.control_range)}
     tensors = layout["aggregation_network"]
     if sequential:
         layout["aggregation_network"] = tensors = {_sequential(key): value for key, value in tensors.items()}
@@ -272,8 +273,9 @@ def test_a_file_cut_off_anywhere_is_refused(make_head, tmp_path, ending):
         b"\x80\x02}.",
         b"\x80\x02K\x01a.",
         bytes(range(256)),
-        pickle.dumps([1, "x"]),
+        pickle.dumps([1, "x"], protocol=2),
     ],
+    ids=lambda content: repr(content)[:20],
 )
 def test_a_file_of_something_else_is_refused(tmp_path, ending, content):
     path = tmp_path / f"h{ending}"
@@ -333,7 +335,7 @@ def test_code_in_a_file_is_not_run(tmp_path, container):
     path, marker = tmp_path / "h.pt", tmp_path / "code was run"
     content = {"aggregation_network": {"mixing_weights": torch.ones(1)}, "config": Trap(marker)}
     if container == "pickle":
-        path.write_bytes(pickle.dumps({"config": Trap(marker)}))
+        path.write_bytes(pickle.dumps({"config": Trap(marker)}, protocol=2))
     else:
         torch.save(content, path, _use_new_zipfile_serialization=container == "zip")
     with pytest.raises(HeadFileError, match="may run code"):

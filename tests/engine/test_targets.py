@@ -184,7 +184,7 @@ GOOD = {"from": [0.5, 0.5], "to": [0.5, 0.5]}
         ('{"version": 1, "drags": [{"from": [Infinity, 0], "to": [0, 0]}]}', "drag 1"),
         ('{"version": 1, "drags": [{"from": [1' + "0" * 400 + ', 0], "to": [0, 0]}]}', "drag 1"),
     ],
-    ids=range(21),
+    ids=lambda value: repr(value)[:30],
 )
 def test_bad_points_are_refused_and_say_where(text, words):
     with pytest.raises(TargetError, match=words):

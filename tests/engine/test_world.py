@@ -102,7 +102,7 @@ def test_a_part_of_the_figure_lies_under_each_joint(figures):
 
 def test_the_head_and_each_bone_have_their_own_part(figures):
     seen = set().union(*(np.unique(drawn.parts).tolist() for _, drawn in figures))
-    drawn_bones = {FIGURE_PART + i for i, bone in enumerate(BONES) if bone != (0, 1)}  # the neck is hidden
+    drawn_bones = {FIGURE_PART + i for i, bone in enumerate(BONES) if bone != (0, 1)}  # the neck is not drawn
     assert seen == {0, *drawn_bones, HEAD}
     for figure, drawn in figures:
         x, y = np.floor(figure.joints()[0] * SIZE_PX).astype(int)
