@@ -43,7 +43,7 @@ class ReadOut(io.ComfyNode):
             "RG_ReadOut",
             "Read Out",
             aliases=["readout", "pose estimator", "depth estimator", "feature preview"],
-            description="Shows what a head reads in a latent: an estimator of pose, depth or edges, and a way to see whether "
+            description="Shows what a head reads in a latent: an estimator of pose, depth or edges, and a test of whether "
             "a head fits a model. The model runs once.",
             inputs=[
                 io.Model.Input("model", tooltip="The model whose features are read."),
@@ -66,7 +66,7 @@ class ReadOut(io.ComfyNode):
         )  # fmt: skip
 
     @classmethod
-    def execute(cls, model, head, latent, noise_percent, seed, positive=None) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, model, head, latent, noise_percent, seed, positive=None) -> io.NodeOutput:
         return io.NodeOutput(*read_out(model, head, latent, noise_percent, positive, seed))
 
 

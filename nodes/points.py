@@ -42,7 +42,7 @@ class DragPointsNode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, points: str, image=None) -> io.NodeOutput:  # noqa: ANN001
+    def execute(cls, points: str, image=None) -> io.NodeOutput:
         drags = parse_drags(points)
         picture = torch.full((1, 512, 512, 3), 0.25) if image is None else image
         return io.NodeOutput(drags, draw_drags(drags, picture))

@@ -39,7 +39,7 @@ class ReadoutGuidedKSampler(io.ComfyNode):
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target,
         strength, mode, iterations, source_cfg,
-    ) -> io.NodeOutput:  # noqa: ANN001  # fmt: skip
+    ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg)
         latent = guided_ksampler(
             model, target, settings, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler,
@@ -70,7 +70,7 @@ class ReadoutGuider(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg
-    ) -> io.NodeOutput:  # noqa: ANN001  # fmt: skip
+    ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg)
         return io.NodeOutput(readout_guider(model, positive, negative, cfg, target, settings))
 

@@ -27,7 +27,7 @@ class ReadoutTargetNode(io.ComfyNode):
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Guide from here ..."),
                 io.Float.Input(
                     "end_percent", default=0.5, min=0.0, max=1.0, step=0.01,
-                    tooltip="... to here, as parts of the diffusion time (as on ControlNet). The layout is made in the first "
+                    tooltip="... to here, as parts of the diffusion time (as on ControlNet). Layout is made in the first "
                     "half; later guidance holds details but costs quality.",
                 ),
                 io.Image.Input("image", optional=True, tooltip="The control picture, of any size; cropped to the aspect."),
@@ -47,8 +47,9 @@ class ReadoutTargetNode(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, head, weight, start_percent, end_percent, image=None, mask=None, drag_points=None, reference_latent=None, previous=None
-    ) -> io.NodeOutput:  # noqa: ANN001  # fmt: skip
+        cls, head, weight, start_percent, end_percent, image=None, mask=None, drag_points=None, reference_latent=None,
+        previous=None,
+    ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
             Target(
                 head=head,

@@ -50,8 +50,8 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from .comfy_host.demo_training import PARTS, train_demo
 
-            steps = {part: getattr(options, f"{part}_steps") for part in ("autoencoder", "denoiser", "estimator", "heads")}
-            train_demo(options.parts or list(PARTS), options.work, options.device, options.shards, steps)
+            counts = {part: getattr(options, f"{part}_steps") for part in ("autoencoder", "denoiser", "estimator", "heads")}
+            train_demo(options.parts or list(PARTS), options.work, options.device, options.shards, counts)
     except ReadoutGuidanceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

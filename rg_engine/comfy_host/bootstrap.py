@@ -29,7 +29,7 @@ def use_comfyui(device: str = "auto") -> Path:
     root = find_comfyui()
     shadowing = {str(REPOSITORY), ""}
     sys.path[:] = [str(root)] + [entry for entry in sys.path if entry not in shadowing]
-    import comfy.cli_args  # noqa: PLC0415 (only now importable)
+    import comfy.cli_args
     import torch
 
     comfy.cli_args.args.cpu = device == "cpu" or (device == "auto" and not _accelerated(torch))

@@ -184,7 +184,7 @@ class Denoiser(nn.Module):
         for module in self.unet.modules():  # ComfyUI's layers come uninitialised
             for kind in (nn.Conv2d, nn.Linear, nn.GroupNorm, nn.LayerNorm):
                 if isinstance(module, kind):
-                    kind.reset_parameters(module)
+                    kind.reset_parameters(module)  # type: ignore[arg-type]
         for name, module in self.unet.named_modules():
             if name.endswith(("out_layers.3", "proj_out")) or name == "out.2":  # residual branches begin at zero
                 nn.init.zeros_(module.weight)

@@ -48,14 +48,23 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
         for mode in ("unguided", *modes):
             drawn, readouts, seconds = _make(executor, prompt, mode, batches, strength)
             mean, error = mean_and_error(control_errors(control, drawn, scenes, estimator))
-            entry[mode] = {"error": round(mean, 4), "standard_error": round(error, 4), "seconds_per_picture": round(seconds, 3)}
+            entry[mode] = {
+                "error": round(mean, 4),
+                "standard_error": round(error, 4),
+                "seconds_per_picture": round(seconds, 3),
+            }
             rows[mode] = drawn
             rows["readout"] = readouts
-            print(f"{control:6} {mode:10} error {mean:.4g} +- {error:.2g} ({UNITS[control]}), {seconds:.2f} s a picture", flush=True)
+            print(
+                f"{control:6} {mode:10} error {mean:.4g} +- {error:.2g} ({UNITS[control]}), {seconds:.2f} s a picture",
+                flush=True,
+            )
         steps = _value(prompt, "RG_ReadoutGuidedKSampler", "steps")
         for mode in modes:
             entry[mode]["error_ratio"] = round(entry[mode]["error"] / entry["unguided"]["error"], 3)
-            entry[mode]["time_ratio"] = round(entry[mode]["seconds_per_picture"] / entry["unguided"]["seconds_per_picture"], 2)
+            entry[mode]["time_ratio"] = round(
+                entry[mode]["seconds_per_picture"] / entry["unguided"]["seconds_per_picture"], 2
+            )
             guided_steps = _guided_steps(prompt, mode)
             plain_s = entry["unguided"]["seconds_per_picture"] / steps
             extra_s = (entry[mode]["seconds_per_picture"] - entry["unguided"]["seconds_per_picture"]) / guided_steps
@@ -64,7 +73,13 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
         entry["unguided"]["seconds_per_step"] = round(entry["unguided"]["seconds_per_picture"] / steps, 4)
         report["controls"][control] = entry
         layers = dict(zip(("picture", *CONTROLS), scene_pictures(SCENE_SEED, batches[0][1], True)[:4], strict=True))
-        sheets.append([("target", layers[control]), *((mode, rows[mode]) for mode in ("unguided", *modes)), ("readout", rows["readout"])])
+        sheets.append(
+            [
+                ("target", layers[control]),
+                *((mode, rows[mode]) for mode in ("unguided", *modes)),
+                ("readout", rows["readout"]),
+            ]
+        )
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     contact_sheet(sheets, 8).save(out / "demo.png")
     print(f"wrote {out / 'demo.png'} and {out / 'report.json'}")

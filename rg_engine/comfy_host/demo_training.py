@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,16 @@ def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, 
         HeadTraining(
             name=f"demo_{name}.safetensors",
             network=AggregationNetwork(
-                frozen.backbone.channels, projection_channels=128, emb_width=frozen.backbone.emb_width, output_channels=channels
+                frozen.backbone.channels,
+                projection_channels=128,
+                emb_width=frozen.backbone.emb_width,
+                output_channels=channels,
             ).to(frozen.device),
             spec=HeadSpec(
                 kind="spatial", feature_channels=frozen.backbone.channels, backbone="the demo model",
                 control_range=CONTROL_RANGE, training={"pairs": len(latents), "control": name},
             ),
-            loss=lambda readout, truth, name=name, empty=empty: balanced_mse(readout, truth[name], background=empty),
+            loss=_control_loss(name, empty),
         )
         for name, (channels, empty) in SPATIAL_HEADS.items()
     ]  # fmt: skip
@@ -88,16 +92,26 @@ def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, 
         return *frozen(*on), truth
 
     heads = train_heads(
-        trainings, make_batch, size=cells, steps=steps, checkpoint=work / "heads.state", report=log_losses(work / "heads.log")
+        trainings,
+        make_batch,
+        size=cells,
+        steps=steps,
+        checkpoint=work / "heads.state",
+        report=log_losses(work / "heads.log"),
     )
     DEMO_HEADS.mkdir(parents=True, exist_ok=True)
     for head in heads:
         save_head(head, DEMO_HEADS / head.name, dtype=torch.float16)
 
 
+def _control_loss(name: str, background: float | None) -> Callable[[Tensor, dict[str, Tensor]], Tensor]:
+    return lambda readout, truth: balanced_mse(readout, truth[name], background=background)
+
+
 def _pairs(data: Path, count: int) -> tuple[Tensor, list[str], dict[str, Tensor]]:
     """Latents (N, 8, 16, 16), captions, and each control (N, D, 16, 16) in CONTROL_RANGE."""
-    latents, captions = [], []
+    latents: list[Tensor] = []
+    captions: list[str] = []
     controls: dict[str, list[Tensor]] = {name: [] for name in SPATIAL_HEADS}
     for path in sorted(data.glob("latents_*.npz")):
         if len(captions) >= count:

@@ -39,12 +39,12 @@ def find_head(name: str) -> str:
     path = folder_paths.get_full_path_or_raise(FOLDER, name)
     roots = [Path(root).resolve() for root in folder_paths.get_folder_paths(FOLDER)]
     # A link inside the folder may point elsewhere on purpose; what is refused is a name that climbs out.
-    if not any(Path(os.path.normpath(path)).is_relative_to(root) or Path(path).resolve().is_relative_to(root) for root in roots):
+    if not any(
+        Path(os.path.normpath(path)).is_relative_to(root) or Path(path).resolve().is_relative_to(root) for root in roots
+    ):
         raise HeadFileError(f"head {name!r} lies outside models/{FOLDER}: copy it there")
     return path
 
 
 def load_named_head(name: str, kind: HeadKind | None = None) -> ReadoutHead:
     return load_head(find_head(name), kind, name)
-
-

@@ -20,12 +20,9 @@ import comfy.ops
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
-_CONVOLUTIONS = {
-    nn.Conv1d: torch.nn.grad.conv1d_input,
-    nn.Conv2d: torch.nn.grad.conv2d_input,
-    nn.Conv3d: torch.nn.grad.conv3d_input,
-}
+_CONVOLUTIONS = {nn.Conv1d: conv1d_input, nn.Conv2d: conv2d_input, nn.Conv3d: conv3d_input}
 
 
 @contextlib.contextmanager
@@ -69,7 +66,8 @@ def casts_weights(module: nn.Module) -> bool:
 def _aliased_parameters(module: nn.Module) -> Iterator[None]:
     kept: list[tuple[dict[str, Any], str, Tensor]] = []
     try:
-        for table, wrap in ((module._parameters, _parameter), (module._buffers, _identity)):
+        tables: tuple[tuple[dict[str, Any], Any], ...] = ((module._parameters, _parameter), (module._buffers, _identity))
+        for table, wrap in tables:
             for name, tensor in table.items():
                 if tensor is not None and tensor.is_inference() and type(tensor.data) is Tensor:
                     kept.append((table, name, tensor))
@@ -141,7 +139,5 @@ class _FrozenLayer(torch.autograd.Function):
                     y = F.layer_norm(x, module.normalized_shape, weight.to(x.dtype), bias, module.eps)
                 return torch.autograd.grad(y, x, gradient)[0], None, None
         input_gradient = next(fn for kind, fn in _CONVOLUTIONS.items() if isinstance(module, kind))
-        moved = input_gradient(
-            ctx.shape, weight, gradient, module.stride, module.padding, module.dilation, module.groups
-        )
+        moved = input_gradient(ctx.shape, weight, gradient, module.stride, module.padding, module.dilation, module.groups)
         return moved.to(ctx.dtype), None, None

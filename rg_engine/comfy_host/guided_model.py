@@ -139,7 +139,7 @@ class ModelGuidance:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
         with _heads_on(self.targets, noise.device):
             with torch.inference_mode(False):
-                run.objective = Objective(self.targets, tuple(noise.shape[-2:]), noise.shape[0], noise.device)
+                run.objective = Objective(self.targets, (noise.shape[-2], noise.shape[-1]), noise.shape[0], noise.device)
             run.denoise_mask = denoise_mask
             passes = 2 if run.objective.needs_source else 1
 
@@ -151,9 +151,7 @@ class ModelGuidance:
                     if callback is not None:
                         callback(number * total + step, x0, x, passes * total)
 
-                return executor(
-                    guider, sigmas, dict(extra_args), report, noise, latent_image, denoise_mask, disable_pbar
-                )
+                return executor(guider, sigmas, dict(extra_args), report, noise, latent_image, denoise_mask, disable_pbar)
 
             if passes == 2:
                 run.recording = True
@@ -163,7 +161,12 @@ class ModelGuidance:
             return sample(passes - 1)
 
     def predict_noise(
-        self, executor: Any, x: Tensor, timestep: Tensor, model_options: dict[str, Any] | None = None, seed: int | None = None
+        self,
+        executor: Any,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: int | None = None,
     ) -> Tensor:
         run, options = self._run, model_options or {}
         planned = run.steps.planned(float(timestep.flatten()[0])) if run is not None and run.steps is not None else None
@@ -178,7 +181,15 @@ class ModelGuidance:
         return self._fast_step(run, planned, executor, guider, x, timestep, options, seed)
 
     def _record(
-        self, run: _Run, planned: PlannedStep, executor: Any, guider: Any, x: Tensor, timestep: Tensor, options: dict, seed: Any
+        self,
+        run: _Run,
+        planned: PlannedStep,
+        executor: Any,
+        guider: Any,
+        x: Tensor,
+        timestep: Tensor,
+        options: dict,
+        seed: Any,
     ) -> Tensor:
         """A step of the source: the plain prediction, its readouts kept."""
         assert run.objective is not None
@@ -192,7 +203,15 @@ class ModelGuidance:
         return denoised
 
     def _fast_step(
-        self, run: _Run, planned: PlannedStep, executor: Any, guider: Any, x: Tensor, timestep: Tensor, options: dict, seed: Any
+        self,
+        run: _Run,
+        planned: PlannedStep,
+        executor: Any,
+        guider: Any,
+        x: Tensor,
+        timestep: Tensor,
+        options: dict,
+        seed: Any,
     ) -> Tensor:
         """One pass of the conditional branch gives the gradient and the prediction; x moves against the one.
 
@@ -268,7 +287,7 @@ class ModelGuidance:
         missed = run.steps.missed if run.steps is not None else 0
         if missed:
             log.warning(
-                "Readout guidance: %d of %d planned steps were not guided, because the sampler did not evaluate the model at "
+                "Readout guidance: %d of %d planned steps were not guided: the sampler did not evaluate the model at "
                 "the schedule's noise levels. Use another sampler for full control.",
                 missed,
                 len(run.plan.steps),

@@ -12,8 +12,8 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..features import FeatureTap
-from ..heads import ReadoutHead
 from ..guidance.pictures import readout_picture
+from ..heads import ReadoutHead
 from .guided_model import backbone_of, check_fits
 
 
@@ -35,7 +35,9 @@ def read_out(
     guider = comfy.samplers.CFGGuider(model.clone())
     guider.inner_set_conds({"positive": positive if positive is not None else _empty_prompt(model)})
     guider.set_cfg(1.0)
-    add_wrapper_with_key(WrappersMP.APPLY_MODEL, "readout_guidance_read", reader.apply_model, guider.model_options, is_model_options=True)
+    add_wrapper_with_key(
+        WrappersMP.APPLY_MODEL, "readout_guidance_read", reader.apply_model, guider.model_options, is_model_options=True
+    )
     guider.sample(noise, samples, reader, torch.tensor([sigma, 0.0]), disable_pbar=True, seed=seed)
     assert reader.readout is not None
     readout = reader.readout.to(comfy.model_management.intermediate_device())
@@ -68,7 +70,7 @@ class _ReadOnce(comfy.samplers.Sampler):
             with torch.inference_mode(False):
                 self._head.network.to(x.device)
             with torch.no_grad():
-                self.readout = self._head.read(features, emb, tuple(x.shape[-2:]))
+                self.readout = self._head.read(features, emb, (x.shape[-2], x.shape[-1]))
         finally:
             with torch.inference_mode(False):
                 self._head.network.to(home)

@@ -10,9 +10,7 @@ from ..guidance import GuidanceSettings, Target
 from .guided_model import guide
 
 
-def guided_ksampler(
-    model: Any, target: Target | None, settings: GuidanceSettings, **ksampler: Any
-) -> dict[str, Any]:
+def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSettings, **ksampler: Any) -> dict[str, Any]:
     """ComfyUI's KSampler on the guided model; ``ksampler`` are its own inputs. Returns a LATENT."""
     from nodes import common_ksampler  # ComfyUI's
 

@@ -13,6 +13,8 @@ from ..errors import ReadoutGuidanceError
 from .bootstrap import REPOSITORY
 
 Prompt = dict[str, dict[str, Any]]
+#: What the page stores after a seed.
+AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
 
 
 def load_extension() -> None:
@@ -50,10 +52,10 @@ def to_prompt(workflow: dict[str, Any], node_inputs: Any) -> Prompt:
             options = spec[1] if len(spec) > 1 else {}
             if _is_widget(spec):
                 value = values.pop(0)
-                if options.get("control_after_generate") or (name in ("seed", "noise_seed") and spec[0] == "INT"):
-                    if values and values[0] in ("fixed", "increment", "decrement", "randomize"):
-                        values.pop(0)
                 inputs[name] = value
+                seeded = options.get("control_after_generate") or name in ("seed", "noise_seed")
+                if seeded and values and values[0] in AFTER_GENERATE:
+                    values.pop(0)
             if name in linked:
                 inputs[name] = list(linked[name])
         prompt[str(node["id"])] = {"class_type": node["type"], "inputs": inputs}

@@ -48,7 +48,7 @@ def chamfer_px(a: np.ndarray, b: np.ndarray) -> float:
     points = [torch.tensor(np.argwhere(m > EDGE_THRESHOLD), dtype=torch.float32) for m in (a, b)]
     if not len(points[0]) or not len(points[1]):
         return float(max(a.shape))
-    distances = torch.cdist(*points)
+    distances = torch.cdist(points[0], points[1])
     return float((distances.amin(1).mean() + distances.amin(0).mean()) / 2)
 
 

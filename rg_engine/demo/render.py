@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -143,25 +144,28 @@ class _Canvas:
         self.parts = Image.new("L", (n, n))
         self.pens = tuple(ImageDraw.Draw(layer) for layer in (self.image, self.depth, self.parts))
 
+    def _layers(self, colour: tuple[int, ...], depth: float, part: int) -> list[tuple[ImageDraw.ImageDraw, Any]]:
+        return list(zip(self.pens, (colour, depth, part), strict=True))
+
     def polygon(self, points: np.ndarray, colour: tuple[int, ...], depth: float, part: int) -> None:
         flat = [tuple(p) for p in points * self.n]
-        for pen, fill in zip(self.pens, (colour, depth, part), strict=True):
+        for pen, fill in self._layers(colour, depth, part):
             pen.polygon(flat, fill=fill)
 
     def ellipse(self, x: float, y: float, rx: float, ry: float, colour: tuple[int, ...], depth: float, part: int) -> None:
         box = tuple(self.n * v for v in (x - rx, y - ry, x + rx, y + ry))
-        for pen, fill in zip(self.pens, (colour, depth, part), strict=True):
+        for pen, fill in self._layers(colour, depth, part):
             pen.ellipse(box, fill=fill)
 
     def capsule(self, a: np.ndarray, b: np.ndarray, radius: float, colour: tuple, depth: float, part: int) -> None:
-        for pen, fill in zip(self.pens, (colour, depth, part), strict=True):
+        for pen, fill in self._layers(colour, depth, part):
             _capsule(pen, a * self.n, b * self.n, radius * self.n, fill)
 
 
-def _capsule(pen: ImageDraw.ImageDraw, a: np.ndarray, b: np.ndarray, radius: float, fill: object) -> None:
-    pen.line((*a, *b), fill=fill, width=max(1, round(2 * radius)))  # type: ignore[arg-type]
+def _capsule(pen: ImageDraw.ImageDraw, a: np.ndarray, b: np.ndarray, radius: float, fill: Any) -> None:
+    pen.line((*a, *b), fill=fill, width=max(1, round(2 * radius)))
     for x, y in (a, b):
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)  # type: ignore[arg-type]
+        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
 
 
 def _shade(colour: tuple[int, ...], factor: float) -> tuple[int, ...]:
@@ -203,9 +207,7 @@ def _draw_solid(canvas: _Canvas, solid: Solid, part: int) -> None:
         for k in range(12):  # concentric discs towards the light: shading and a bulge towards the viewer
             shrink = 1 - k / 12
             at_x, at_y = x - 0.3 * half * (1 - shrink), y - half - 0.35 * half * (1 - shrink)
-            canvas.ellipse(
-                at_x, at_y, half * shrink, half * shrink, _shade(colour, 0.7 + 0.045 * k), near + 0.005 * k, part
-            )
+            canvas.ellipse(at_x, at_y, half * shrink, half * shrink, _shade(colour, 0.7 + 0.045 * k), near + 0.005 * k, part)
     elif solid.shape == "box":
         lid = 0.45 * half
         front = np.array([[x - half, y], [x + half, y], [x + half, y - 1.6 * half], [x - half, y - 1.6 * half]])
@@ -236,4 +238,4 @@ def _draw_figure(canvas: _Canvas, figure: Figure, part: int) -> None:
         elif 1 in (a, b) and 0 not in (a, b):
             canvas.capsule(joints[a], joints[b], radius, shirt, near, part + i)
     head_radius = 0.058 * near * 1.18
-    canvas.ellipse(*joints[0], head_radius, head_radius, colour, near + 0.01, part + len(BONES))
+    canvas.ellipse(joints[0, 0], joints[0, 1], head_radius, head_radius, colour, near + 0.01, part + len(BONES))

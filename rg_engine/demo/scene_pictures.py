@@ -29,5 +29,5 @@ def scene_pictures(seed: int, count: int, figure_only: bool = False) -> tuple[Te
         )
         for layer, picture in zip(layers, maps, strict=True):
             layer.append(picture.astype(np.float32))
-    picture, pose, depth, edges = (torch.from_numpy(np.stack(layer)) for layer in layers)
-    return picture, pose, depth, edges, scenes[0].caption()
+    pictures, poses, depths, edges = (torch.from_numpy(np.stack(layer)) for layer in layers)
+    return pictures, poses, depths, edges, scenes[0].caption()

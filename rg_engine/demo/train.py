@@ -171,12 +171,21 @@ def _loop(
         losses.append(loss.item())
         now = time.monotonic()
         if now - logged > 20 or step == steps - 1:
-            line = {"step": step + 1, "loss": round(float(np.mean(losses)), 5), "steps_per_s": round(len(losses) / (now - logged), 2)}
+            line = {
+                "step": step + 1,
+                "loss": round(float(np.mean(losses)), 5),
+                "steps_per_s": round(len(losses) / (now - logged), 2),
+            }
             with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
             losses, logged = [], now
         if now - saved > every_s or step == steps - 1:
-            state = {"model": model.state_dict(), "optimiser": optimiser.state_dict(), "average": average.state_dict(), "step": step + 1}
+            state = {
+                "model": model.state_dict(),
+                "optimiser": optimiser.state_dict(),
+                "average": average.state_dict(),
+                "step": step + 1,
+            }
             torch.save(state, state_path.with_suffix(".partial"))
             os.replace(state_path.with_suffix(".partial"), state_path)
             _save(out, average.module)

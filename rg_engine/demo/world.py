@@ -133,9 +133,7 @@ def sample_figure(rng: np.random.Generator, identity: Identity | None = None) ->
         arms = [(rng.uniform(-2.7, 0.3), rng.uniform(-1.5, 0.9)), (rng.uniform(-0.3, 2.7), rng.uniform(-0.9, 1.5))]
         legs = [(rng.uniform(-0.75, 0.15), rng.uniform(-0.1, 0.7)), (rng.uniform(-0.15, 0.75), rng.uniform(-0.7, 0.1))]
         pose = (float(rng.uniform(-0.2, 0.2)), *(float(angle) for limb in (*arms, *legs) for angle in limb))
-        figure = Figure(
-            identity=identity, x=float(rng.uniform(0.22, 0.78)), base_y=float(rng.uniform(0.8, 0.97)), pose=pose
-        )
+        figure = Figure(identity=identity, x=float(rng.uniform(0.22, 0.78)), base_y=float(rng.uniform(0.8, 0.97)), pose=pose)
         joints = figure.joints()
         if joints.min() > 0.05 and joints.max() < 0.98:
             return figure
@@ -161,9 +159,7 @@ def sample_scene(
         if all(abs(x - other) > half + reach for other, reach in taken):
             taken.append((x, half))
             solids.append(
-                Solid(
-                    shape=str(rng.choice(SOLIDS)), colour=str(rng.choice(list(COLOURS))), x=x, base_y=base_y, size=size
-                )
+                Solid(shape=str(rng.choice(SOLIDS)), colour=str(rng.choice(list(COLOURS))), x=x, base_y=base_y, size=size)
             )
     if figure is None and not solids:
         return sample_scene(rng, identity, figure_only, wall)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from itertools import groupby
+from typing import Any
 
 from torch import nn
 
@@ -68,8 +69,8 @@ def describe_maps(channels: tuple[int, ...]) -> str:
 
 def _latent_diffusion_unet(network: nn.Module) -> Backbone | None:
     """SD's UNet: the output blocks' residual branches, before the skip is added; emb before the label embedding."""
-    blocks = getattr(network, "output_blocks", None)
-    time_embed = getattr(network, "time_embed", None)
+    blocks: Any = getattr(network, "output_blocks", None)
+    time_embed: Any = getattr(network, "time_embed", None)
     if not isinstance(blocks, nn.ModuleList) or not isinstance(time_embed, nn.Sequential):
         return None
     channels = []
@@ -78,8 +79,9 @@ def _latent_diffusion_unet(network: nn.Module) -> Backbone | None:
         if not isinstance(branch, nn.Sequential):
             return None
         channels.append(int(branch[-1].out_channels))
-    context = next((m.to_k.in_features for name, m in network.named_modules() if name.endswith("attn2")), None)
-    family = _FAMILIES.get((context, tuple(channels)), "a UNet")
+    cross_attention: Any = next((m for name, m in network.named_modules() if name.endswith("attn2")), None)
+    context_width = 0 if cross_attention is None else int(cross_attention.to_k.in_features)
+    family = _FAMILIES.get((context_width, tuple(channels)), "a UNet")
     return Backbone(
         name=family,
         taps=tuple(f"output_blocks.{i}.0.out_layers" for i in range(len(blocks))),

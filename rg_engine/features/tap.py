@@ -62,7 +62,7 @@ class FeatureTap:
         self._found.clear()
         return features, emb
 
-    def _catch(self, path: str):  # noqa: ANN202 (a hook)
+    def _catch(self, path: str):
         def hook(_module: nn.Module, _args: object, output: Tensor) -> None:
             self._found[path] = output
 

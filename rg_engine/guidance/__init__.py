@@ -10,10 +10,10 @@ __all__ = [
     "GuidanceSettings",
     "Objective",
     "Plan",
+    "ReferenceUpdate",
     "SourceStep",
     "Target",
     "chain",
     "make_plan",
-    "ReferenceUpdate",
     "rms_step",
 ]

@@ -62,7 +62,9 @@ class Objective:
         readouts = self._read(branch, [i for i, target in enumerate(self.targets) if target.needs_source])
         return SourceStep(readouts={i: r.detach() for i, r in readouts.items()}, z_min=low, z_max=high)
 
-    def loss(self, branch: Branch, active: Sequence[int], source: SourceStep | None = None) -> tuple[Tensor, dict[int, Tensor]]:
+    def loss(
+        self, branch: Branch, active: Sequence[int], source: SourceStep | None = None
+    ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss of each picture, (B,), and the readouts it came from, by target.
 
         ``active`` names the targets that guide at this step. z's extent is taken over source and guided picture together.

@@ -66,7 +66,9 @@ def draw_drags(drags: tuple[Drag, ...], picture: Tensor) -> Tensor:
             angle = math.atan2(y1 - y0, x1 - x0)
             for thickness, colour in ((unit + 2, (0, 0, 0)), (unit, (255, 255, 255))):
                 pen.line((x0, y0, x1, y1), fill=colour, width=max(1, round(thickness)))
-            pen.ellipse((x0 - 1.6 * unit, y0 - 1.6 * unit, x0 + 1.6 * unit, y0 + 1.6 * unit), outline=(0, 0, 0), fill=(64, 156, 255))
+            pen.ellipse(
+                (x0 - 1.6 * unit, y0 - 1.6 * unit, x0 + 1.6 * unit, y0 + 1.6 * unit), outline=(0, 0, 0), fill=(64, 156, 255)
+            )
             if (x0, y0) != (x1, y1):
                 wings = [(x1 - 4 * unit * math.cos(angle + s), y1 - 4 * unit * math.sin(angle + s)) for s in (0.5, -0.5)]
                 pen.polygon([(x1, y1), *wings], fill=(255, 92, 92), outline=(0, 0, 0))

@@ -18,7 +18,11 @@ FAST_INTERVAL = 0.05
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GuidanceSettings:
-    """How to guide: strength 1.0 is the paper's amount in both modes; ``iterations`` updates a step; source_cfg < 0 is cfg."""
+    """How to guide.
+
+    strength 1.0 is the paper's amount in both modes; iterations counts the updates of a step in reference mode; source_cfg
+    below 0 is the guided run's own cfg; interval is fast mode's shortest time between guided steps, 0..1.
+    """
 
     strength: float = 1.0
     mode: Mode = "fast"

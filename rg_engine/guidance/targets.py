@@ -131,7 +131,7 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
 def _check_picture(tensor: Tensor, what: str, dims: int, head: str) -> None:
     if tensor.ndim != dims or 0 in tensor.shape:
         raise TargetError(
-            f"{what} of the target with head {head!r} has shape {tuple(tensor.shape)}: expected {dims} dimensions, none empty"
+            f"{what} of the target with head {head!r} has shape {tuple(tensor.shape)}: expected {dims} dimensions"
         )
     if not torch.isfinite(tensor).all():
         raise TargetError(

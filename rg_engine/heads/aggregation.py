@@ -83,6 +83,9 @@ class AggregationNetwork(nn.Module):
         super().__init__()
         hidden = hidden or projection_channels // 4
         self.feature_channels = tuple(feature_channels)
+        self.projection_channels = projection_channels
+        self.emb_width = emb_width
+        self.output_channels = output_channels
         self.bottleneck_layers = nn.ModuleList(
             Bottleneck(channels, projection_channels, hidden, emb_width, norm_groups) for channels in feature_channels
         )

@@ -70,14 +70,12 @@ class ReadoutHead:
 
     @property
     def output_channels(self) -> int:
-        head = self.network.output_head
-        return 0 if head is None else head[-1].out_channels
+        return self.network.output_channels
 
     @property
     def emb_width(self) -> int | None:
         """Width of the timestep embedding that it takes, None if it takes none."""
-        emb = self.network.bottleneck_layers[0].emb_layers
-        return emb.in_features if emb is not None and self.spec.use_emb else None
+        return self.network.emb_width if self.network.emb_width and self.spec.use_emb else None
 
     def read(self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int]) -> Tensor:
         """The readout (B, D, H, W) of features at latent size; the embedding is dropped where the head takes none."""
@@ -111,18 +109,19 @@ def load_head(path: str | Path, kind: HeadKind | None = None, name: str | None =
 def save_head(head: ReadoutHead, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a head as ``.safetensors`` with its spec as metadata; ``dtype`` stores it smaller."""
     described = {"format_version": FORMAT_VERSION, **dataclasses.asdict(head.spec)}
-    state = {key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in head.network.state_dict().items()}
+    state = {
+        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in head.network.state_dict().items()
+    }
     save_file(state, str(path), metadata={METADATA_KEY: json.dumps(described, sort_keys=True)})
 
 
 def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
     """The dictionary that the authors' code saves with ``torch.save`` (keys ``bottleneck_layers.i.``)."""
     spec = head.spec
-    conv3 = head.network.bottleneck_layers[0].conv3
     return {
         "step": int(spec.training.get("steps", 0)),
         "config": {
-            "projection_dim": conv3.out_channels,
+            "projection_dim": head.network.projection_channels,
             "dims": list(spec.feature_channels),
             "save_timestep": [0],
             "num_timesteps": 1000,
@@ -259,8 +258,8 @@ def _read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, A
 
 
 def _guess_kind(network: AggregationNetwork, name: str) -> HeadKind:
-    if network.output_head is not None:
-        return "keypoint" if network.output_head[-1].out_channels == 18 else "spatial"
+    if network.output_channels:
+        return "keypoint" if network.output_channels == 18 else "spatial"
     lowered = name.lower()
     for kind in ("appearance", "correspondence"):
         if kind in lowered:
@@ -271,14 +270,14 @@ def _guess_kind(network: AggregationNetwork, name: str) -> HeadKind:
 
 
 def _check_kind(network: AggregationNetwork, kind: HeadKind, name: str) -> None:
-    has_output = network.output_head is not None
+    has_output = network.output_channels > 0
     if kind in ("spatial", "keypoint") and not has_output:
         raise HeadFileError(
             f"{name!r} can't be a {kind} head: it has no output head. Choose appearance, correspondence or auto as kind"
         )
     if kind in ("appearance", "correspondence") and has_output:
         raise HeadFileError(
-            f"{name!r} can't be a {kind} head: it has an output head of {network.output_head[-1].out_channels} channels. "  # type: ignore[index]
+            f"{name!r} can't be a {kind} head: it has an output head of {network.output_channels} channels. "
             "Choose spatial, keypoint or auto as kind"
         )
     if kind == "lgp":

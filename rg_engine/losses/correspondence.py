@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def correspondence_loss(
-    readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False
-) -> Tensor:
+def correspondence_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False) -> Tensor:
     """-0.5 mean S[source at start, readout at end] + 0.5 mean S[source at start, readout at start], S = (cos + 1)/2.
 
     The second term is the paper's anti-ghosting term: what moved should be gone from where it was. Only the points are

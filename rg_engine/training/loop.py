@@ -9,7 +9,7 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -71,7 +71,7 @@ def train_heads(
             loss = training.loss(readout, truth)
             if not torch.isfinite(loss):
                 raise ReadoutGuidanceError(
-                    f"the loss of {training.name!r} is {loss.item()} at step {step}: lower the learning rate or look at its data"
+                    f"the loss of {training.name!r} is {loss.item()} at {step}: lower the learning rate or check the data"
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -85,7 +85,7 @@ def train_heads(
             saved = time.monotonic()
     done = []
     for training, average in zip(trainings, averages, strict=True):
-        network = average.module.eval().requires_grad_(False)
+        network = cast(AggregationNetwork, average.module.eval().requires_grad_(False))
         spec = dataclasses.replace(training.spec, training={**training.spec.training, "steps": steps})
         done.append(ReadoutHead(network=network, spec=spec, name=training.name))
     return done

@@ -109,7 +109,9 @@ def test_a_controlnet(small, mode):
     import comfy.ops
     from small_models import randomise
 
-    config = {k: v for k, v in small.model.model.model_config.unet_config.items() if k not in ("out_channels", "transformer_depth_output", "disable_unet_model_creation")}
+    unet_config = small.model.model.model_config.unet_config
+    others = ("out_channels", "transformer_depth_output", "disable_unet_model_creation")
+    config = {key: value for key, value in unet_config.items() if key not in others}
     net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu", **config)
     randomise(net, 1)
     seen = []

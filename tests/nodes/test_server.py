@@ -182,6 +182,8 @@ def test_a_head_outside_the_folder_is_not_loaded_though_it_exists(server, workfl
 def test_a_head_put_into_the_folder_can_be_chosen_at_once(server, workflow):
     prompt = workflow("pose")
     shutil.copy(DEMO_HEAD, server.base / "models" / "readout_heads" / "mine.safetensors")
+    loader = server.json("/object_info/RG_LoadReadoutHead")["RG_LoadReadoutHead"]  # what the page asks for on refresh
+    assert "mine.safetensors" in loader["input"]["required"]["head_name"][1]["options"]
     change(prompt, "RG_LoadReadoutHead", head_name="mine.safetensors")
     assert server.run(prompt)
 
