@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.folders import head_names, load_named_head
+from ..rg_engine.comfy_host.folders import find_head, head_names, load_named_head
 from ..rg_engine.comfy_host.readout import read_out
+from ..rg_engine.errors import HeadFileError
 from ..rg_engine.types import HEAD_KINDS
 from .schema import Readout, ReadoutHead, schema
 
@@ -30,6 +31,16 @@ class LoadReadoutHead(io.ComfyNode):
             ],
             outputs=[ReadoutHead.Output("HEAD", display_name="READOUT_HEAD")],
         )  # fmt: skip
+
+    @classmethod
+    def validate_inputs(cls, head_name: str) -> bool | str:
+        """Older ComfyUIs don't hold a name against the list."""
+        try:
+            if head_name is not None:
+                find_head(head_name)
+        except HeadFileError as error:
+            return str(error)
+        return True
 
     @classmethod
     def execute(cls, head_name: str, kind: str) -> io.NodeOutput:

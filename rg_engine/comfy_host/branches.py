@@ -33,7 +33,8 @@ class BranchReader:
     """Reads out the model calls that it is installed on.
 
     With ``active`` targets it gives, for each picture, ``loss`` (B,) and ``gradient`` (B, C, H, W), the loss's gradient
-    with respect to z; without, it keeps ``source`` (by branch), what the guided pass needs of the source.
+    with respect to z; without, it keeps ``source`` (by branch): the readouts of targets ``recorded``, by default of those
+    that need the source.
     """
 
     def __init__(
@@ -43,12 +44,14 @@ class BranchReader:
         x: Tensor,
         active: tuple[int, ...] = (),
         source: SourceStep | None = None,
+        recorded: tuple[int, ...] | None = None,
     ) -> None:
         self._backbone = backbone
         self._objective = objective
         self._batch = x.shape[0]
         self._active = active
         self._source = source
+        self._recorded = recorded
         self._losses: list[Tensor] = []
         self._gradients: list[Tensor] = []
         self._model: Any = None
@@ -111,7 +114,7 @@ class BranchReader:
                 for n, branch in enumerate(branches):
                     rows = slice(n * self._batch, (n + 1) * self._batch)
                     read = Branch(features=[f[rows] for f in features], emb=emb[rows], z=z[rows])
-                    self.source.setdefault(branch, self._objective.source_step(read))
+                    self.source.setdefault(branch, self._objective.source_step(read, self._recorded))
             return denoised
         network = self._model.diffusion_model
         with gradient_scope(network), _in_place_allowed(control, options), FeatureTap(network, self._backbone) as tap:

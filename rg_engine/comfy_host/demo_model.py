@@ -88,11 +88,13 @@ class _DemoTokenizer:
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_options: Any) -> dict[str, list]:
         found: list[tuple[int, float]] = []
         escaped = comfy.sd1_clip.escape_important(text)
+        strange: list[str] = []
         for part, weight in comfy.sd1_clip.token_weights(escaped, 1.0):
             known, unknown = tokenize(comfy.sd1_clip.unescape_important(part))
-            if unknown:
-                log.warning("The demo model does not know the words: %s", ", ".join(unknown))
             found += [(token, weight) for token in known]
+            strange += unknown
+        if strange:
+            log.warning("The demo model does not know the words: %s", ", ".join(dict.fromkeys(strange)))
         tokens = pad([token for token, _ in found][:16])
         weights = [weight for _, weight in found][:16]
         weights += [1.0] * (len(tokens) - len(weights))

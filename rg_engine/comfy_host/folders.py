@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -18,7 +19,10 @@ EXTENSIONS = {".safetensors", ".pt"}
 
 def register_folders() -> None:
     """Tell ComfyUI where heads live. Safe to call more than once."""
-    folder_paths.add_model_folder_path(FOLDER, os.path.join(folder_paths.models_dir, FOLDER), is_default=True)
+    home = os.path.join(folder_paths.models_dir, FOLDER)
+    with contextlib.suppress(OSError):  # a read-only installation does without
+        os.makedirs(home, exist_ok=True)
+    folder_paths.add_model_folder_path(FOLDER, home, is_default=True)
     folder_paths.add_model_folder_path(FOLDER, str(DEMO_HEADS))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)

@@ -25,6 +25,7 @@ from torch import Tensor
 from ..features import Backbone, check_head_fits, detect_backbone
 from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, Target, chain, make_plan, rms_step
 from ..guidance.schedule import PlannedStep
+from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
 from .sampler_steps import SamplerSteps, watched
 
@@ -85,6 +86,9 @@ class _Run:
     recording: bool = False
     source: dict[tuple[int, int], SourceStep] = dataclasses.field(default_factory=dict)  # by (step, branch)
     denoise_mask: Tensor | None = None
+    noise: Tensor | None = None
+    references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by target, in the model's scale
+    reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
     losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
 
 
@@ -140,7 +144,11 @@ class ModelGuidance:
         with _heads_on(self.targets, noise.device):
             with torch.inference_mode(False):
                 run.objective = Objective(self.targets, (noise.shape[-2], noise.shape[-1]), noise.shape[0], noise.device)
-            run.denoise_mask = denoise_mask
+            run.denoise_mask, run.noise = denoise_mask, noise
+            for i, target in enumerate(self.targets):
+                if target.needs_reference:
+                    latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))  # type: ignore[union-attr]
+                    run.references[i] = fit(latent, run.objective.size).expand_as(noise)
             passes = 2 if run.objective.needs_source else 1
 
             def sample(number: int) -> Tensor:
@@ -218,7 +226,7 @@ class ModelGuidance:
         The noise that the model sees in x is kept, so the prediction moves with x.
         """
         assert run.objective is not None
-        reader = self._reader(run, planned, CONDITIONAL, x)
+        reader = self._reader(run, planned, CONDITIONAL, guider, x, timestep, options)
         prediction = reader.run(guider, CONDITIONAL, x, timestep, options)
         run.losses.append(reader.loss)
         before = x.clone()
@@ -250,7 +258,7 @@ class ModelGuidance:
         for _ in range(self.settings.iterations):
             gradient: Tensor | None = None
             for branch in self._branches(guider):
-                reader = self._reader(run, planned, branch, x)
+                reader = self._reader(run, planned, branch, guider, x, timestep, options)
                 reader.run(guider, branch, x, timestep, options)
                 run.losses.append(reader.loss)
                 gradient = reader.gradient if gradient is None else gradient + reader.gradient
@@ -260,9 +268,24 @@ class ModelGuidance:
             moved = z / scale
             self._move(run, x, before + _inside(moved - before, run.denoise_mask).to(x.dtype), scale)
 
-    def _reader(self, run: _Run, planned: PlannedStep, branch: int, x: Tensor) -> BranchReader:
+    def _reader(
+        self, run: _Run, planned: PlannedStep, branch: int, guider: Any, x: Tensor, timestep: Tensor, options: dict
+    ) -> BranchReader:
+        """A reader of one guided branch, with the readouts of source and references that it is compared with."""
         assert run.objective is not None
+        assert run.noise is not None
         source = run.source.get((planned.step, branch))
+        for i, latent in run.references.items():
+            key = (planned.step, branch, i)
+            if i in planned.active and key not in run.reference_steps:
+                noised = guider.inner_model.model_sampling.noise_scaling(timestep[:1], run.noise, latent, False)
+                reader = BranchReader(self.backbone, run.objective, x, recorded=(i,))
+                reader.run(guider, branch, noised, timestep, options)
+                run.reference_steps[key] = reader.source[branch]
+            if i in planned.active:
+                step = run.reference_steps[key]
+                readouts = {**({} if source is None else source.readouts), **step.readouts}
+                source = dataclasses.replace(source or step, readouts=readouts)
         return BranchReader(self.backbone, run.objective, x, active=planned.active, source=source)
 
     def _branches(self, guider: Any) -> tuple[int, ...]:

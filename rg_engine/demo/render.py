@@ -17,6 +17,7 @@ BONE_COLOURS = tuple(
 )
 FIGURE_PART = 1  # parts 1.. are the bones of the figure (plus one for the head), then one part a solid
 SUPERSAMPLING = 3
+DRAWN_BONES = tuple(i for i, bone in enumerate(BONES) if bone != (0, 1))  # the neck is hidden
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Rendering:
     """A picture of a scene and what is true about it, all of one size.
 
     image (H, W, 3) uint8; depth (H, W) float32, disparity in 0..1, near is 1; parts (H, W) uint8, 0 the room,
-    1..14 the figure's bones and head, 15.. the solids.
+    1..13 the figure's bones in BONES' order (the neck is hidden by its neighbours), 14 its head, 15.. the solids.
     """
 
     image: np.ndarray
@@ -118,7 +119,7 @@ def correspondences(
     for _ in range(8 * count):
         if len(found) == count:
             break
-        bone = int(rng.integers(len(BONES)))
+        bone = int(rng.choice(DRAWN_BONES))
         along, beside = rng.uniform(0, 1), rng.uniform(-0.8, 0.8)
         pair = np.empty((2, 2))
         for k in range(2):

@@ -127,7 +127,7 @@ def sample_identity(rng: np.random.Generator, colour: str | None = None) -> Iden
 
 
 def sample_figure(rng: np.random.Generator, identity: Identity | None = None) -> Figure:
-    """A figure in a random, plausible pose that lies wholly inside the picture."""
+    """A figure in a random, plausible pose whose joints lie inside the picture."""
     identity = identity or sample_identity(rng)
     while True:
         arms = [(rng.uniform(-2.7, 0.3), rng.uniform(-1.5, 0.9)), (rng.uniform(-0.3, 2.7), rng.uniform(-0.9, 1.5))]

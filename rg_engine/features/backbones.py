@@ -69,25 +69,24 @@ def describe_maps(channels: tuple[int, ...]) -> str:
 
 def _latent_diffusion_unet(network: nn.Module) -> Backbone | None:
     """SD's UNet: the output blocks' residual branches, before the skip is added; emb before the label embedding."""
-    blocks: Any = getattr(network, "output_blocks", None)
-    time_embed: Any = getattr(network, "time_embed", None)
-    if not isinstance(blocks, nn.ModuleList) or not isinstance(time_embed, nn.Sequential):
+    found, embedding = getattr(network, "output_blocks", None), getattr(network, "time_embed", None)
+    if not isinstance(found, nn.ModuleList) or not isinstance(embedding, nn.Sequential):
         return None
-    channels = []
-    for block in blocks:
-        branch = getattr(block[0], "out_layers", None)
-        if not isinstance(branch, nn.Sequential):
-            return None
-        channels.append(int(branch[-1].out_channels))
+    blocks: list[Any] = list(found)
+    branches: list[Any] = [getattr(block[0], "out_layers", None) for block in blocks]
+    if not all(isinstance(branch, nn.Sequential) for branch in branches):
+        return None
+    channels = tuple(int(branch[-1].out_channels) for branch in branches)
     cross_attention: Any = next((m for name, m in network.named_modules() if name.endswith("attn2")), None)
     context_width = 0 if cross_attention is None else int(cross_attention.to_k.in_features)
-    family = _FAMILIES.get((context_width, tuple(channels)), "a UNet")
+    last: Any = embedding[-1]
+    family = _FAMILIES.get((context_width, channels), "a UNet")
     return Backbone(
         name=family,
         taps=tuple(f"output_blocks.{i}.0.out_layers" for i in range(len(blocks))),
-        channels=tuple(channels),
+        channels=channels,
         emb_tap="time_embed",
-        emb_width=int(time_embed[-1].out_features),
+        emb_width=int(last.out_features),
     )
 
 

@@ -56,10 +56,12 @@ class Objective:
     def needs_source(self) -> bool:
         return any(target.needs_source for target in self.targets)
 
-    def source_step(self, branch: Branch) -> SourceStep:
-        """What the guided pass needs of this step of the source."""
+    def source_step(self, branch: Branch, wanted: Sequence[int] | None = None) -> SourceStep:
+        """What the guided pass needs of this step of the source, or of a reference: the readouts of targets ``wanted``."""
+        if wanted is None:
+            wanted = [i for i, target in enumerate(self.targets) if target.needs_source]
         low, high = _extremes(branch.z)
-        readouts = self._read(branch, [i for i, target in enumerate(self.targets) if target.needs_source])
+        readouts = self._read(branch, wanted)
         return SourceStep(readouts={i: r.detach() for i, r in readouts.items()}, z_min=low, z_max=high)
 
     def loss(

@@ -27,9 +27,11 @@ def parse_drags(text: str) -> tuple[Drag, ...]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise TargetError(f"points is not JSON (line {error.lineno}, column {error.colno}): expected {EXAMPLE}") from error
+    except (ValueError, RecursionError) as error:  # numbers too long, lists too deep
+        raise TargetError(f"points is not JSON that can be read: expected {EXAMPLE}") from error
     if not isinstance(value, dict) or not isinstance(value.get("drags"), list):
         raise TargetError(f"points has no list of drags: expected {EXAMPLE}")
-    if value.get("version") != VERSION:
+    if value.get("version") != VERSION or value["version"] is True:
         raise TargetError(f"points has version {value.get('version')!r}: this extension reads version {VERSION}. Update it")
     return tuple(_drag(item, number) for number, item in enumerate(value["drags"], 1))
 
@@ -43,10 +45,11 @@ def _drag(item: Any, number: int) -> Drag:
         numbers = isinstance(point, list) and len(point) == 2
         if not numbers or any(isinstance(v, bool) or not isinstance(v, (int, float)) for v in point):
             raise TargetError(f"'{key}' of drag {number} is {json.dumps(point)[:60]}: expected two numbers, [x, y]")
-        ends.append((float(point[0]), float(point[1])))
+        ends.append(point)
     try:
-        return Drag(ends[0], ends[1])
-    except TargetError as error:
+        start, end = ((float(x), float(y)) for x, y in ends)
+        return Drag(start, end)
+    except (TargetError, OverflowError) as error:
         raise TargetError(f"drag {number}: {error}") from error
 
 

@@ -14,6 +14,8 @@ from ..types import MODES, Mode
 PATH_PER_TIME = 2.0
 #: Fast mode guides at most once in so much of the diffusion time: few long moves steer as well as many short ones.
 FAST_INTERVAL = 0.05
+#: Fast mode leaves out a step that stands for less of the diffusion time: one on the very end of its range.
+MIN_TIME = 1e-4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +73,8 @@ def make_plan(
 
     A target guides in the steps whose sigma lies in its range, both ends included, as on ControlNet. In fast mode a step
     is skipped until ``interval`` of the diffusion time has passed since the last guided one; each guided step stands
-    for the time until the next (or until its targets end), and its move is in proportion.
+    for the time until the next (or until its targets end), the first one of a range also for the time since the range
+    began, and its move is in proportion.
 
     Args: ranges, each target's start and end percent; sigmas (steps + 1), descending, of the sampler; percent_to_sigma of
     the model.
@@ -89,12 +92,17 @@ def make_plan(
         chosen.append((step, percent, active))
         last = percent
     planned = []
+    guided_until = percent_of(sigmas[0], percent_to_sigma)
     for k, (step, percent, active) in enumerate(chosen):
         end = max(ranges[i][1] for i in active)
         if k + 1 < len(chosen):
             end = min(end, chosen[k + 1][1])
         end = min(end, percent_of(sigmas[-1], percent_to_sigma))
-        length = settings.strength * PATH_PER_TIME * max(end - percent, 0.0)
+        since = max(min(ranges[i][0] for i in active), guided_until)
+        guided_until = max(end, guided_until)
+        length = settings.strength * PATH_PER_TIME * max(end - min(since, percent), 0.0)
+        if settings.mode == "fast" and end - since < MIN_TIME:
+            continue
         planned.append(PlannedStep(step=step, sigma=float(sigmas[step]), active=active, length=length))
     return Plan(steps=tuple(planned))
 

@@ -21,7 +21,7 @@ class Target:
     head: what reads. weight: its share of the loss. start_percent, end_percent: the part of the diffusion time in which
     it guides. image: the control of a spatial target, (B or 1, H, W, C) in 0..1, any size. mask: (B or 1, H, W) in 0..1,
     where the loss counts. drags: for a correspondence target. reference_latent: (B or 1, C, h, w), for an appearance
-    target. Raises TargetError for anything missing, malformed or out of range.
+    target. Values outside 0..1 are clamped. Raises TargetError for anything missing or malformed.
     """
 
     head: ReadoutHead
@@ -74,6 +74,11 @@ class Target:
         kind = self.head.spec.kind
         return kind == "correspondence" or (kind == "appearance" and self.reference_latent is None)
 
+    @property
+    def needs_reference(self) -> bool:
+        """Whether its loss compares with the readouts of its reference_latent."""
+        return self.head.spec.kind == "appearance" and self.reference_latent is not None
+
     def check_batch(self, batch: int) -> None:
         """Raises TargetError unless every picture given is one or one for each of ``batch`` latents."""
         for what, tensor in (("image", self.image), ("mask", self.mask), ("reference_latent", self.reference_latent)):
@@ -88,7 +93,7 @@ class Target:
         if self.image is None or self.head.spec.kind != "spatial":
             return None
         picture = self.image.clone().to(device, torch.float32).movedim(-1, 1)  # (B, C, H, W)
-        picture = fit(picture, size)
+        picture = fit(picture.clamp(0, 1), size)
         if self.head.output_channels == 1:
             picture = picture.mean(1, keepdim=True)
         low, high = self.head.spec.control_range
@@ -98,7 +103,7 @@ class Target:
         """The mask (B, 1, H, W) at latent size, None if it has none."""
         if self.mask is None:
             return None
-        return fit(self.mask.clone().to(device, torch.float32)[:, None], size).expand(batch, -1, -1, -1)
+        return fit(self.mask.clone().to(device, torch.float32)[:, None].clamp(0, 1), size).expand(batch, -1, -1, -1)
 
 
 def chain(target: Target | None) -> tuple[Target, ...]:
@@ -131,7 +136,8 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
 def _check_picture(tensor: Tensor, what: str, dims: int, head: str) -> None:
     if tensor.ndim != dims or 0 in tensor.shape:
         raise TargetError(
-            f"{what} of the target with head {head!r} has shape {tuple(tensor.shape)}: expected {dims} dimensions"
+            f"{what} of the target with head {head!r} has shape {tuple(tensor.shape)}: expected {dims} dimensions, "
+            "none of them empty"
         )
     if not torch.isfinite(tensor).all():
         raise TargetError(

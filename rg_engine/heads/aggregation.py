@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 Activation = Literal["tanh", "none"]
+NORM_GROUPS = 32  # of every GroupNorm in the authors' heads; tensors don't tell it
 
 
 class NormedConv(nn.Conv2d):
     """A convolution without bias whose GroupNorm lives inside it, as ``.norm`` (the authors' key layout)."""
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = nn.GroupNorm(groups, out_channels)
+        self.norm = nn.GroupNorm(NORM_GROUPS, out_channels)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
     def convolve(self, x: Tensor) -> Tensor:
@@ -34,12 +35,12 @@ class NormedConv(nn.Conv2d):
 class Bottleneck(nn.Module):
     """One layer's residual bottleneck, conditioned on the timestep embedding after its first convolution."""
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int, emb_width: int, norm_groups: int) -> None:
+    def __init__(self, in_channels: int, out_channels: int, hidden: int, emb_width: int) -> None:
         super().__init__()
-        self.shortcut = NormedConv(in_channels, out_channels, 1, norm_groups) if in_channels != out_channels else None
-        self.conv1 = NormedConv(in_channels, hidden, 1, norm_groups)
-        self.conv2 = NormedConv(hidden, hidden, 3, norm_groups)
-        self.conv3 = NormedConv(hidden, out_channels, 1, norm_groups)
+        self.shortcut = NormedConv(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv1 = NormedConv(in_channels, hidden, 1)
+        self.conv2 = NormedConv(hidden, hidden, 3)
+        self.conv3 = NormedConv(hidden, out_channels, 1)
         self.emb_layers = nn.Linear(emb_width, hidden) if emb_width else None
 
     def forward(self, features: Tensor, emb: Tensor | None, size: tuple[int, int]) -> Tensor:
@@ -77,7 +78,6 @@ class AggregationNetwork(nn.Module):
         emb_width: int = 1280,
         output_channels: int = 0,
         activation: Activation = "tanh",
-        norm_groups: int = 32,
         hidden: int | None = None,
     ) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class AggregationNetwork(nn.Module):
         self.emb_width = emb_width
         self.output_channels = output_channels
         self.bottleneck_layers = nn.ModuleList(
-            Bottleneck(channels, projection_channels, hidden, emb_width, norm_groups) for channels in feature_channels
+            Bottleneck(channels, projection_channels, hidden, emb_width) for channels in feature_channels
         )
         self.mixing_weights = nn.Parameter(torch.ones(len(self.feature_channels)))
         self.output_head = _output_head(projection_channels, output_channels) if output_channels else None

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import HeadFileError
 from ..types import HEAD_KINDS, HeadKind
-from .aggregation import Activation, AggregationNetwork
+from .aggregation import NORM_GROUPS, Activation, AggregationNetwork
 
 FORMAT_VERSION = "1"
 METADATA_KEY = "readout_head"
@@ -118,6 +118,10 @@ def save_head(head: ReadoutHead, path: str | Path, dtype: torch.dtype | None = N
 def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
     """The dictionary that the authors' code saves with ``torch.save`` (keys ``bottleneck_layers.i.``)."""
     spec = head.spec
+    sequential = not spec.use_emb and spec.kind != "correspondence"  # how the authors' files say: run without emb
+    state = head.network.state_dict()
+    if sequential:
+        state = {re.sub(r"^(bottleneck_layers\.\d+)\.", r"\1.0.", key): value for key, value in state.items()}
     return {
         "step": int(spec.training.get("steps", 0)),
         "config": {
@@ -129,11 +133,11 @@ def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
                 "use_output_head": head.output_channels > 0,
                 "output_head_channels": head.output_channels or 3,
                 "output_head_act": spec.activation == "tanh",
-                "bottleneck_sequential": False,
+                "bottleneck_sequential": sequential,
             },
-            "dataset_args": {"control_range": list(spec.control_range)},
+            "dataset_args": {"control_range": list(spec.control_range), "kind": spec.kind},
         },
-        "aggregation_network": dict(head.network.state_dict()),
+        "aggregation_network": dict(state),
     }
 
 
@@ -157,20 +161,23 @@ def build_network(
             f"{name!r} mixes {state['mixing_weights'].numel()} maps but has {count} layers: heads over several timesteps "
             "can't steer one step"
         )
-    try:
-        channels = tuple(state[f"bottleneck_layers.{i}.conv1.weight"].shape[1] for i in range(count))
-        hidden = state["bottleneck_layers.0.conv1.weight"].shape[0]
-        projection = state["bottleneck_layers.0.conv3.weight"].shape[0]
-    except (KeyError, IndexError) as error:
-        raise HeadFileError(f"{name!r} is damaged: {error} is missing or misshapen") from error
-    emb = state.get("bottleneck_layers.0.emb_layers.weight")
-    last = state.get("output_head.4.weight")
+
+    def sizes(key: str, dims: int, groups: int = 1) -> torch.Size:
+        shape = state[key].shape if key in state else None
+        if shape is None or len(shape) != dims or 0 in shape or shape[0] % groups:
+            found = "missing" if shape is None else f"misshapen {tuple(shape)}"
+            raise HeadFileError(f"{name!r} is not a complete readout head: {key} is {found}")
+        return shape
+
+    layers = [f"bottleneck_layers.{i}" for i in range(count)]
+    channels = tuple(sizes(f"{layer}.conv1.weight", 4)[1] for layer in layers)
+    has_emb, has_output = (any(part in key for key in state) for part in (".emb_layers.", "output_head."))
     network = AggregationNetwork(
         channels,
-        projection_channels=projection,
-        hidden=hidden,
-        emb_width=0 if emb is None else emb.shape[1],
-        output_channels=0 if last is None else last.shape[0],
+        projection_channels=sizes(f"{layers[0]}.conv3.weight", 4, NORM_GROUPS)[0],
+        hidden=sizes(f"{layers[0]}.conv1.weight", 4, NORM_GROUPS)[0],
+        emb_width=sizes(f"{layers[0]}.emb_layers.weight", 2)[1] if has_emb else 0,
+        output_channels=sizes("output_head.4.weight", 4)[0] if has_output else 0,
         activation=activation,
     )
     expected = network.state_dict()
@@ -222,7 +229,7 @@ def _read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, A
             f"{name!r} holds something other than tensors and plain values and was not opened: it may run code, or be "
             "no head at all"
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # torch's unpickler raises whatever a damaged file leads it to
         raise HeadFileError(f"{name!r} can't be read: it is truncated or no PyTorch file") from error
     tensors = loaded.get("aggregation_network") if isinstance(loaded, dict) else None
     config = loaded.get("config") if isinstance(loaded, dict) else None
@@ -231,6 +238,8 @@ def _read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, A
     config = config if isinstance(config, dict) else {}
     aggregation = config.get("aggregation_kwargs") or {}
     dataset = config.get("dataset_args") or {}
+    if not isinstance(aggregation, dict) or not isinstance(dataset, dict):
+        raise HeadFileError(f"{name!r} has a damaged config: aggregation_kwargs and dataset_args must be dictionaries")
     sequential = any(re.match(r"bottleneck_layers\.\d+\.0\.", key) for key in tensors)
     fields: dict[str, Any] = {
         "backbone": str(config.get("model_id", "unknown")),
@@ -238,14 +247,15 @@ def _read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, A
         "timestep_convention": "reversed",
         "activation": "tanh" if aggregation.get("output_head_act", True) else "none",
     }
-    if "control_range" in dataset:
-        low, high = dataset["control_range"]
-        fields["control_range"] = (float(low), float(high))
-    if loaded.get("step") is not None:
-        fields["training"] = {"steps": int(loaded["step"])}
-    if "output_head.4.weight" in tensors:
-        fields["kind"] = "keypoint" if tensors["output_head.4.weight"].shape[0] == 18 else "spatial"
-    else:
+    try:
+        if "control_range" in dataset:
+            low, high = dataset["control_range"]
+            fields["control_range"] = (float(low), float(high))
+        if loaded.get("step") is not None:
+            fields["training"] = {"steps": int(loaded["step"])}
+    except (TypeError, ValueError) as error:
+        raise HeadFileError(f"{name!r} has a damaged config: its control_range or step is no number ({error})") from error
+    if not any(key.startswith("output_head.") for key in tensors):  # one with an output head tells by its channels
         words = f"{dataset} {config.get('train_file', '')} {name}".lower()
         found = {
             kind
@@ -273,12 +283,12 @@ def _check_kind(network: AggregationNetwork, kind: HeadKind, name: str) -> None:
     has_output = network.output_channels > 0
     if kind in ("spatial", "keypoint") and not has_output:
         raise HeadFileError(
-            f"{name!r} can't be a {kind} head: it has no output head. Choose appearance, correspondence or auto as kind"
+            f"{name!r} can't be read as {kind}: it has no output head. Choose appearance, correspondence or auto as kind"
         )
     if kind in ("appearance", "correspondence") and has_output:
         raise HeadFileError(
-            f"{name!r} can't be a {kind} head: it has an output head of {network.output_channels} channels. "
+            f"{name!r} can't be read as {kind}: it has an output head of {network.output_channels} channels. "
             "Choose spatial, keypoint or auto as kind"
         )
     if kind == "lgp":
-        raise HeadFileError(f"{name!r} can't be an lgp head: it is an aggregation network. Choose auto as kind")
+        raise HeadFileError(f"{name!r} can't be read as lgp: it is an aggregation network. Choose auto as kind")

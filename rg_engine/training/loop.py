@@ -71,7 +71,8 @@ def train_heads(
             loss = training.loss(readout, truth)
             if not torch.isfinite(loss):
                 raise ReadoutGuidanceError(
-                    f"the loss of {training.name!r} is {loss.item()} at {step}: lower the learning rate or check the data"
+                    f"the loss of {training.name!r} is {loss.item()} at step {step}: "
+                    "lower the learning rate or check the data"
                 )
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
@@ -109,7 +110,7 @@ def log_losses(path: Path, every: int = 50) -> Callable[[int, list[float]], None
 def _resume(checkpoint: Path | None, parts: Sequence[Any]) -> int:
     if checkpoint is None or not checkpoint.exists():
         return 0
-    state = torch.load(checkpoint, weights_only=True)
+    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
     for part, value in zip(parts, state["parts"], strict=True):
         part.load_state_dict(value)
     return int(state["step"])

@@ -31,8 +31,9 @@ def make_head() -> Callable:
             output_channels = 3 if kind == "spatial" else 0
         generator = torch.Generator().manual_seed(seed)
         network = AggregationNetwork(
-            CHANNELS, projection_channels=32, hidden=32, emb_width=emb_width, output_channels=output_channels
-        )
+            CHANNELS, projection_channels=32, hidden=32, emb_width=emb_width, output_channels=output_channels,
+            activation=spec.get("activation", "tanh"),
+        )  # fmt: skip
         for parameter in network.eval().requires_grad_(False).parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
         return ReadoutHead(network=network, spec=HeadSpec(kind=kind, feature_channels=CHANNELS, **spec), name=name)

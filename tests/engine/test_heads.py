@@ -76,6 +76,11 @@ def test_emb_changes_the_readout_and_none_leaves_it_out(make_head, make_features
     assert not torch.allclose(with_emb.read(features, emb, SIZE), plain)
 
 
+def test_a_readout_is_bounded_by_tanh_unless_its_head_has_no_activation(make_head, make_features):
+    bounded, free = (make_head(activation=name).read(*make_features(), SIZE) for name in ("tanh", "none"))
+    torch.testing.assert_close(bounded, free.tanh())
+
+
 def test_a_picture_s_readout_does_not_depend_on_the_others(make_head, make_features):
     head, (features, emb) = make_head(), make_features(3)
     alone = [head.read([f[i : i + 1] for f in features], emb[i : i + 1], SIZE) for i in range(3)]

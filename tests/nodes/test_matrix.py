@@ -175,6 +175,27 @@ def test_drag_and_appearance_share_the_noise_of_their_source(small):
 
 
 @pytest.mark.parametrize("mode", ["fast", "reference"])
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+def test_the_look_of_a_reference_latent(small, mode):
+    """The readouts of the guided picture are nearer to the reference's than the unguided one's, also beside a drag."""
+    reference = small.plain(seed=77)
+    look = small.target("appearance", reference_latent={"samples": reference})
+    points, _ = node("RG_DragPoints", points=DRAG)
+    drag = small.target("correspondence", drag_points=points, previous=look, weight=0.01)
+
+    def readout(samples):
+        return node("RG_ReadOut", model=small.model, head=small.head("appearance"), latent={"samples": samples},
+                    noise_percent=0.1, seed=0, positive=small.positive)[0]  # fmt: skip
+
+    def distance(samples):
+        return float(1 - torch.cosine_similarity(readout(samples), readout(reference), dim=1).mean())
+
+    unguided = small.plain()
+    for target in (look, drag):
+        guided = small.sample(target, mode=mode, strength=3.0, iterations=4)
+        assert distance(guided) < distance(unguided)
+
+
 def test_strength_zero_is_ksampler_bit_for_bit(small, mode):
     assert torch.equal(small.sample(small.target(), strength=0.0, mode=mode), small.plain())
 

@@ -165,7 +165,7 @@ def test_an_example_workflow_of_the_demo_model_makes_pictures(server, workflow, 
 def test_an_example_workflow_of_a_big_model_lacks_its_files_only(server, workflow, name):
     refused = server.refusal(workflow(name))
     lacking = {(node["class_type"], e["extra_info"]["input_name"]) for node in refused.values() for e in node["errors"]}
-    # Before 0.33 or so, ComfyUI looks at a V3 node's choices (the head's name) only when the node runs.
+    # ComfyUI 0.3.75 does not look at a V3 node's choices (the head's name) before the node runs; 0.33 does.
     assert lacking - {("RG_LoadReadoutHead", "head_name")} == {
         ("CheckpointLoaderSimple", "ckpt_name"),
         ("LoadImage", "image"),
