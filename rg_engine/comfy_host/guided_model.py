@@ -27,13 +27,12 @@ from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, Sourc
 from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
+from .memory import with_room_for_graph
 from .sampler_steps import SamplerSteps, watched
 
 log = logging.getLogger("readout_guidance")
 
 KEY = "readout_guidance"
-#: The graph of one guided branch, in units of what ComfyUI estimates for a picture of the batch (see ``benchmark``).
-GRAPH_MEMORY_FACTOR = 3
 
 
 def guide(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
@@ -123,7 +122,7 @@ class ModelGuidance:
 
     def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
-            noise_shape = [noise_shape[0] * GRAPH_MEMORY_FACTOR, *noise_shape[1:]]
+            noise_shape = with_room_for_graph(model, self.backbone, noise_shape)
         return executor(model, noise_shape, *args, **kwargs)
 
     def sampler_sample(
