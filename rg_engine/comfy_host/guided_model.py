@@ -11,28 +11,22 @@ Because the guidance travels with the model, every sampler node, guider and samp
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import comfy.model_patcher
-import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..features import Backbone, check_head_fits, detect_backbone
-from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, Target, chain, make_plan, rms_step
-from ..guidance.schedule import PlannedStep
-from ..guidance.targets import fit
-from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
+from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
+from ..heads import ReadoutHead
+from .guided_step import KEY, Options, Run, fast_step, reference_step, source_step
 from .memory import with_room_for_graph
 from .sampler_steps import SamplerSteps, watched
 
 log = logging.getLogger("readout_guidance")
-
-KEY = "readout_guidance"
 
 
 def guide(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
@@ -63,7 +57,7 @@ def backbone_of(model: Any) -> Backbone:
     return detect_backbone(model.get_model_object("diffusion_model"))
 
 
-def check_fits(head: Any, backbone: Backbone) -> None:
+def check_fits(head: ReadoutHead, backbone: Backbone) -> None:
     check_head_fits(
         backbone,
         head_name=head.name,
@@ -71,24 +65,6 @@ def check_fits(head: Any, backbone: Backbone) -> None:
         feature_channels=head.spec.feature_channels,
         emb_width=head.emb_width,
     )
-
-
-@dataclasses.dataclass
-class _Run:
-    """The state of one sampling run."""
-
-    plan: Plan
-    sampler: Any
-    sigmas: list[float]
-    objective: Objective | None = None
-    steps: SamplerSteps | None = None
-    recording: bool = False
-    source: dict[tuple[int, int], SourceStep] = dataclasses.field(default_factory=dict)  # by (step, branch)
-    denoise_mask: Tensor | None = None
-    noise: Tensor | None = None
-    references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # by target, in the model's scale
-    reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
-    losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
 
 
 class ModelGuidance:
@@ -99,7 +75,7 @@ class ModelGuidance:
         self.settings = settings
         self.backbone = backbone
         self.losses: list[Tensor] = []  # of the last run, each branch's (B,), in call order
-        self._run: _Run | None = None
+        self._run: Run | None = None
 
     def outer_sample(
         self, executor: Any, noise: Tensor, latent_image: Tensor, sampler: Any, sigmas: Tensor, *args: Any, **kwargs: Any
@@ -112,7 +88,7 @@ class ModelGuidance:
         plan = make_plan(ranges, schedule, self.settings, lambda p: float(model_sampling.percent_to_sigma(p)))
         if not plan.steps:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        self._run = run = _Run(plan=plan, sampler=sampler, sigmas=schedule)
+        self._run = run = Run(settings=self.settings, backbone=self.backbone, plan=plan, sampler=sampler, sigmas=schedule)
         try:
             out = executor(noise, latent_image, watched(sampler, lambda: run.steps), sigmas, *args, **kwargs)
         finally:
@@ -142,13 +118,10 @@ class ModelGuidance:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
         with _heads_on(self.targets, noise.device):
             with torch.inference_mode(False):
-                run.objective = Objective(self.targets, (noise.shape[-2], noise.shape[-1]), noise.shape[0], noise.device)
-            run.denoise_mask, run.noise = denoise_mask, noise
-            for i, target in enumerate(self.targets):
-                if target.needs_reference:
-                    latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))  # type: ignore[union-attr]
-                    run.references[i] = fit(latent, run.objective.size).expand_as(noise)
-            passes = 2 if run.objective.needs_source else 1
+                size = (noise.shape[-2], noise.shape[-1])
+                objective = Objective(self.targets, size, noise.shape[0], noise.device)
+            run.begin(guider, objective, noise, denoise_mask)
+            passes = 2 if objective.needs_source else 1
 
             def sample(number: int) -> Tensor:
                 run.steps = steps = SamplerSteps(run.plan, run.sampler, run.sigmas)
@@ -168,143 +141,22 @@ class ModelGuidance:
             return sample(passes - 1)
 
     def predict_noise(
-        self,
-        executor: Any,
-        x: Tensor,
-        timestep: Tensor,
-        model_options: dict[str, Any] | None = None,
-        seed: int | None = None,
+        self, executor: Any, x: Tensor, timestep: Tensor, model_options: Options | None = None, seed: int | None = None
     ) -> Tensor:
         run, options = self._run, model_options or {}
-        planned = run.steps.planned(float(timestep.flatten()[0])) if run is not None and run.steps is not None else None
-        if run is None or planned is None:
+
+        def predict(options: Options) -> Tensor:
             return executor(x, timestep, options, seed)
-        guider = executor.class_obj
-        if run.recording:
-            return self._record(run, planned, executor, guider, x, timestep, options, seed)
-        if self.settings.mode == "reference":
-            self._reference_step(run, planned, guider, x, timestep, options)
-            return executor(x, timestep, options, seed)
-        return self._fast_step(run, planned, executor, guider, x, timestep, options, seed)
 
-    def _record(
-        self,
-        run: _Run,
-        planned: PlannedStep,
-        executor: Any,
-        guider: Any,
-        x: Tensor,
-        timestep: Tensor,
-        options: dict,
-        seed: Any,
-    ) -> Tensor:
-        """A step of the source: the plain prediction, its readouts kept."""
-        assert run.objective is not None
-        reader = BranchReader(self.backbone, run.objective, x)
-        denoised = executor(x, timestep, reader.install(options), seed)
-        wanted = self._branches(guider)
-        for branch in wanted:
-            if branch not in reader.source:  # not part of the plain prediction (cfg 1)
-                reader.run(guider, branch, x, timestep, options)
-        run.source.update({(planned.step, branch): reader.source[branch] for branch in wanted})
-        return denoised
+        if run is None or run.steps is None:
+            return predict(options)
+        planned = run.steps.planned(float(timestep.flatten()[0]))
+        if planned is None:
+            return predict(options)
+        step = source_step if run.recording else reference_step if run.settings.mode == "reference" else fast_step
+        return step(run, planned, predict, executor.class_obj, x, timestep, options)
 
-    def _fast_step(
-        self,
-        run: _Run,
-        planned: PlannedStep,
-        executor: Any,
-        guider: Any,
-        x: Tensor,
-        timestep: Tensor,
-        options: dict,
-        seed: Any,
-    ) -> Tensor:
-        """One pass of the conditional branch gives the gradient and the prediction; x moves against the one.
-
-        The noise that the model sees in x is kept, so the prediction moves with x.
-        """
-        assert run.objective is not None
-        reader = self._reader(run, planned, CONDITIONAL, guider, x, timestep, options)
-        prediction = reader.run(guider, CONDITIONAL, x, timestep, options)
-        run.losses.append(reader.loss)
-        before = x.clone()
-        scale = input_scale(guider.inner_model, timestep, x)
-        move = rms_step(reader.gradient, planned.length) / scale
-        move = _inside(move, run.denoise_mask).to(x.dtype)
-        self._move(run, x, x + move, scale)
-        if not reader.whole:
-            return executor(x, timestep, options, seed)
-        positive = guider.conds["positive"]
-
-        def calc(calculate: Any, model: Any, conds: list, x_in: Tensor, *args: Any) -> list[Tensor]:
-            if x_in is not x or conds[0] is not positive:
-                return calculate(model, conds, x_in, *args)
-            out = calculate(model, [None, *conds[1:]], before, *args)
-            return [prediction + move, *(each + move for each in out[1:])]
-
-        options = comfy.model_patcher.create_model_options_clone(options)
-        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
-        return executor(x, timestep, options, seed)
-
-    def _reference_step(
-        self, run: _Run, planned: PlannedStep, guider: Any, x: Tensor, timestep: Tensor, options: dict
-    ) -> None:
-        """The paper's update: AdamW on z, with the loss of both branches."""
-        scale, before = input_scale(guider.inner_model, timestep, x), x.clone()
-        with torch.inference_mode(False), torch.enable_grad():
-            update = ReferenceUpdate(before.clone() * scale.clone(), self.settings.strength)
-        for _ in range(self.settings.iterations):
-            gradient: Tensor | None = None
-            for branch in self._branches(guider):
-                reader = self._reader(run, planned, branch, guider, x, timestep, options)
-                reader.run(guider, branch, x, timestep, options)
-                run.losses.append(reader.loss)
-                gradient = reader.gradient if gradient is None else gradient + reader.gradient
-            assert gradient is not None
-            with torch.inference_mode(False):
-                z = update.step(gradient.clone())
-            moved = z / scale
-            self._move(run, x, before + _inside(moved - before, run.denoise_mask).to(x.dtype), scale)
-
-    def _reader(
-        self, run: _Run, planned: PlannedStep, branch: int, guider: Any, x: Tensor, timestep: Tensor, options: dict
-    ) -> BranchReader:
-        """A reader of one guided branch, with the readouts of source and references that it is compared with."""
-        assert run.objective is not None
-        assert run.noise is not None
-        source = run.source.get((planned.step, branch))
-        for i, latent in run.references.items():
-            key = (planned.step, branch, i)
-            if i in planned.active and key not in run.reference_steps:
-                noised = guider.inner_model.model_sampling.noise_scaling(timestep[:1], run.noise, latent, False)
-                reader = BranchReader(self.backbone, run.objective, x, recorded=(i,))
-                reader.run(guider, branch, noised, timestep, options)
-                run.reference_steps[key] = reader.source[branch]
-            if i in planned.active:
-                step = run.reference_steps[key]
-                readouts = {**({} if source is None else source.readouts), **step.readouts}
-                source = dataclasses.replace(source or step, readouts=readouts)
-        return BranchReader(self.backbone, run.objective, x, active=planned.active, source=source)
-
-    def _branches(self, guider: Any) -> tuple[int, ...]:
-        """Whose loss counts: the conditional one; in reference mode the unconditional one too, and first."""
-        if self.settings.mode == "reference" and guider.conds.get("negative") is not None:
-            return (UNCONDITIONAL, CONDITIONAL)
-        return (CONDITIONAL,)
-
-    def _move(self, run: _Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:
-        """Move x, and the sampler's own latent where that is another tensor, in place and by the same amount."""
-        steps = run.steps
-        assert steps is not None
-        if steps.moved_afterwards:
-            waiting = (moved - x) * scale
-            steps.waiting_move = waiting if steps.waiting_move is None else steps.waiting_move + waiting
-        elif steps.latent is not None and steps.latent is not x:
-            steps.latent += moved - x
-        x.copy_(moved)
-
-    def _report(self, run: _Run) -> None:
+    def _report(self, run: Run) -> None:
         self.losses = run.losses
         missed = run.steps.missed if run.steps is not None else 0
         if missed:
@@ -322,10 +174,6 @@ class ModelGuidance:
             )  # fmt: skip
             if not all(map(torch.isfinite, run.losses[-1])):
                 log.warning("Readout guidance: the loss is not finite; pictures with such a loss were not moved.")
-
-
-def _inside(move: Tensor, denoise_mask: Tensor | None) -> Tensor:
-    return move if denoise_mask is None else move * denoise_mask.to(move.dtype)
 
 
 @contextlib.contextmanager

@@ -1,0 +1,178 @@
+"""The guided step inside ComfyUI: what happens at one model call of a sampler that begins a guided step.
+
+Shapes: x (B, C, H, W) the sampler's latent, z = x * scale the network's input, timestep (B,) sigmas.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_patcher
+import torch
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..features import Backbone
+from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, rms_step
+from ..guidance.schedule import PlannedStep
+from ..guidance.targets import fit
+from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
+from .sampler_steps import SamplerSteps
+
+KEY = "readout_guidance"
+Options = dict[str, Any]
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """The state of one sampling run."""
+
+    settings: GuidanceSettings
+    backbone: Backbone
+    plan: Plan
+    sampler: Any
+    sigmas: list[float]
+    objective: Objective | None = None
+    noise: Tensor | None = None
+    denoise_mask: Tensor | None = None
+    steps: SamplerSteps | None = None
+    recording: bool = False  # the source pass is under way
+    source: dict[tuple[int, int], SourceStep] = dataclasses.field(default_factory=dict)  # by step, branch
+    references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
+    reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
+    losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
+
+    def begin(self, guider: Any, objective: Objective, noise: Tensor, denoise_mask: Tensor | None) -> None:
+        """Set what is known once the model is loaded."""
+        self.objective, self.noise, self.denoise_mask = objective, noise, denoise_mask
+        for i, target in enumerate(objective.targets):
+            if target.needs_reference and target.reference_latent is not None:
+                latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))
+                self.references[i] = fit(latent, objective.size).expand_as(noise)
+
+    def reader(self, x: Tensor, **settings: Any) -> BranchReader:
+        assert self.objective is not None
+        return BranchReader(self.backbone, self.objective, x, **settings)
+
+
+def source_step(
+    run: Run,
+    planned: PlannedStep,
+    predict: Callable[[Options], Tensor],
+    guider: Any,
+    x: Tensor,
+    timestep: Tensor,
+    options: Options,
+) -> Tensor:
+    """A step of the source: the plain prediction, its readouts kept."""
+    reader = run.reader(x)
+    denoised = predict(reader.install(options))
+    for branch in _branches(run, guider):
+        if branch not in reader.source:  # not part of the plain prediction (cfg 1)
+            reader.run(guider, branch, x, timestep, options)
+        run.source[planned.step, branch] = reader.source[branch]
+    return denoised
+
+
+def fast_step(
+    run: Run,
+    planned: PlannedStep,
+    predict: Callable[[Options], Tensor],
+    guider: Any,
+    x: Tensor,
+    timestep: Tensor,
+    options: Options,
+) -> Tensor:
+    """One pass of the conditional branch gives both the gradient and the prediction; x moves against the gradient.
+
+    The noise that the model saw in x is kept, so every prediction moves with x.
+    """
+    reader = _guided_reader(run, planned, CONDITIONAL, guider, x, timestep, options)
+    prediction = reader.run(guider, CONDITIONAL, x, timestep, options)
+    run.losses.append(reader.loss)
+    before, scale = x.clone(), input_scale(guider.inner_model, timestep, x)
+    move = _inside(rms_step(reader.gradient, planned.length) / scale, run.denoise_mask).to(x.dtype)
+    _move(run, x, x + move, scale)
+    if not reader.whole:
+        return predict(options)
+    positive = guider.conds["positive"]
+
+    def calc(calculate: Any, model: Any, conds: list, x_in: Tensor, *args: Any) -> list[Tensor]:
+        if x_in is not x or conds[0] is not positive:
+            return calculate(model, conds, x_in, *args)
+        others = calculate(model, [None, *conds[1:]], before, *args)
+        return [prediction + move, *(other + move for other in others[1:])]
+
+    options = comfy.model_patcher.create_model_options_clone(options)
+    add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
+    return predict(options)
+
+
+def reference_step(
+    run: Run,
+    planned: PlannedStep,
+    predict: Callable[[Options], Tensor],
+    guider: Any,
+    x: Tensor,
+    timestep: Tensor,
+    options: Options,
+) -> Tensor:
+    """The paper's step: AdamW on z with the loss of both branches, then the plain prediction at the moved latent."""
+    scale, before = input_scale(guider.inner_model, timestep, x), x.clone()
+    with torch.inference_mode(False):
+        update = ReferenceUpdate(before.clone() * scale.clone(), run.settings.strength)
+    for _ in range(run.settings.iterations):
+        gradients = []
+        for branch in _branches(run, guider):
+            reader = _guided_reader(run, planned, branch, guider, x, timestep, options)
+            reader.run(guider, branch, x, timestep, options)
+            run.losses.append(reader.loss)
+            gradients.append(reader.gradient)
+        with torch.inference_mode(False):
+            z = update.step(torch.stack(gradients).sum(0))
+        _move(run, x, before + _inside(z / scale - before, run.denoise_mask).to(x.dtype), scale)
+    return predict(options)
+
+
+def _branches(run: Run, guider: Any) -> tuple[int, ...]:
+    """Whose loss counts: the conditional one's; in reference mode the unconditional one's too, and first."""
+    if run.settings.mode == "reference" and guider.conds.get("negative") is not None:
+        return (UNCONDITIONAL, CONDITIONAL)
+    return (CONDITIONAL,)
+
+
+def _guided_reader(
+    run: Run, planned: PlannedStep, branch: int, guider: Any, x: Tensor, timestep: Tensor, options: Options
+) -> BranchReader:
+    """A reader of one guided branch, with the readouts of source and references that it is compared with."""
+    source = run.source.get((planned.step, branch))
+    for i in sorted(set(run.references) & set(planned.active)):
+        key = (planned.step, branch, i)
+        if key not in run.reference_steps:
+            sampling = guider.inner_model.model_sampling
+            noised = sampling.noise_scaling(timestep[:1], run.noise, run.references[i], False)
+            reader = run.reader(x, recorded=(i,))
+            reader.run(guider, branch, noised, timestep, options)
+            run.reference_steps[key] = reader.source[branch]
+        step = run.reference_steps[key]
+        readouts = {**({} if source is None else source.readouts), **step.readouts}
+        source = dataclasses.replace(source or step, readouts=readouts)
+    return run.reader(x, active=planned.active, source=source)
+
+
+def _move(run: Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:
+    """Move x, and the sampler's own latent where that is another tensor, in place and by the same amount."""
+    steps = run.steps
+    assert steps is not None
+    if steps.moved_afterwards:
+        waiting = (moved - x) * scale
+        steps.waiting_move = waiting if steps.waiting_move is None else steps.waiting_move + waiting
+    elif steps.latent is not None and steps.latent is not x:
+        steps.latent += moved - x
+    x.copy_(moved)
+
+
+def _inside(move: Tensor, denoise_mask: Tensor | None) -> Tensor:
+    return move if denoise_mask is None else move * denoise_mask.to(move.dtype)
