@@ -175,7 +175,6 @@ def test_drag_and_appearance_share_the_noise_of_their_source(small):
 
 
 @pytest.mark.parametrize("mode", ["fast", "reference"])
-@pytest.mark.parametrize("mode", ["fast", "reference"])
 def test_the_look_of_a_reference_latent(small, mode):
     """The readouts of the guided picture are nearer to the reference's than the unguided one's, also beside a drag."""
     reference = small.plain(seed=77)
@@ -196,6 +195,7 @@ def test_the_look_of_a_reference_latent(small, mode):
         assert distance(guided) < distance(unguided)
 
 
+@pytest.mark.parametrize("mode", ["fast", "reference"])
 def test_strength_zero_is_ksampler_bit_for_bit(small, mode):
     assert torch.equal(small.sample(small.target(), strength=0.0, mode=mode), small.plain())
 
