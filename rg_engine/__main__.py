@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     make.add_argument("--device", default="cpu")
     make.add_argument("--shards", type=int, default=30, help="of 2000 pictures")
-    for part, steps in (("autoencoder", 3400), ("denoiser", 11000), ("estimator", 3000), ("heads", 2500)):
+    for part, steps in (("autoencoder", 3400), ("denoiser", 5400), ("estimator", 900), ("heads", 2500)):
         make.add_argument(f"--{part}-steps", type=int, default=steps)
 
     options = parser.parse_args(arguments)

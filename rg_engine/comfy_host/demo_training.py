@@ -53,7 +53,7 @@ def train_demo(parts: list[str], work: Path, device: str, shards: int, steps: di
             train_spatial_heads(data, work / "heads", steps[part])
 
 
-def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, batch: int = 16) -> None:
+def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, batch: int = 12) -> None:
     """Train the pose, depth and edge heads together on one set of pairs (they share the frozen model's features)."""
     work.mkdir(parents=True, exist_ok=True)
     model, clip, _ = load_demo_model()
@@ -67,7 +67,8 @@ def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, 
             name=f"demo_{name}.safetensors",
             network=AggregationNetwork(
                 frozen.backbone.channels,
-                projection_channels=128,
+                projection_channels=64,
+                hidden=32,
                 emb_width=frozen.backbone.emb_width,
                 output_channels=channels,
             ).to(frozen.device),

@@ -97,7 +97,9 @@ class Executor:
     def __init__(self) -> None:
         import execution
 
-        self._executor = execution.PromptExecutor(_Silent())
+        takes = inspect.signature(execution.PromptExecutor).parameters
+        limits = {"lru": 0, "ram": 4.0, "ram_inactive": 4.0}  # for a classic cache; named so since 0.3.70
+        self._executor = execution.PromptExecutor(_Silent(), **({"cache_args": limits} if "cache_args" in takes else {}))
         self._count = 0
 
     def run(self, prompt: Prompt) -> dict[str, Any]:
