@@ -43,11 +43,11 @@ class DemoScene(io.ComfyNode):
                 io.Boolean.Input("figure_only", default=False, tooltip="One figure and nothing else in each."),
             ],
             outputs=[
-                io.Image.Output("picture"),
-                io.Image.Output("pose", tooltip="Bones on black."),
-                io.Image.Output("depth", tooltip="Near is bright."),
-                io.Image.Output("edges", tooltip="Edges on black."),
-                io.String.Output("caption", tooltip="Of the first scene."),
+                io.Image.Output("picture", display_name="picture"),
+                io.Image.Output("pose", display_name="pose", tooltip="Bones on black."),
+                io.Image.Output("depth", display_name="depth", tooltip="Near is bright."),
+                io.Image.Output("edges", display_name="edges", tooltip="Edges on black."),
+                io.String.Output("caption", display_name="caption", tooltip="Of the first scene."),
             ],
         )
 

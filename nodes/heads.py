@@ -72,7 +72,7 @@ class ReadOut(io.ComfyNode):
             ],
             outputs=[
                 Readout.Output("READOUT", tooltip="The readout itself, (B, D, H, W) at the latent's size."),
-                io.Image.Output("preview", tooltip="The readout as a picture, usable as a control picture."),
+                io.Image.Output("preview", display_name="preview", tooltip="The readout as a picture, usable as a control picture."),
             ],
         )  # fmt: skip
 

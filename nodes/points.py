@@ -27,7 +27,7 @@ class DragPointsNode(io.ComfyNode):
             ],
             outputs=[
                 DragPoints.Output("DRAG_POINTS"),
-                io.Image.Output("preview", tooltip="The picture with the arrows drawn."),
+                io.Image.Output("preview", display_name="preview", tooltip="The picture with the arrows drawn."),
             ],
         )  # fmt: skip
 

@@ -27,7 +27,7 @@ BATCH = 8
 
 
 def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None = None) -> dict[str, Any]:
-    """Run each control's example workflow for ``pictures`` pictures; write demo.png and report.json into ``out``."""
+    """Run each control's example workflow for ``pictures`` pictures; write demo.png, one picture a control, and report.json."""
     import comfy.utils
     import folder_paths
 
@@ -83,6 +83,8 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
                 ("readout", rows["readout"]),
             ]
         )
+    for control, sheet in zip(CONTROLS, sheets, strict=True):
+        contact_sheet([sheet], 4).save(out / f"{control}.jpg", quality=92)
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     contact_sheet(sheets, 8).save(out / "demo.png")
     print(f"wrote {out / 'demo.png'} and {out / 'report.json'}")

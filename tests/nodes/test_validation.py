@@ -178,3 +178,15 @@ def test_points_of_a_workflow_are_accepted():
     drags, preview = node("RG_DragPoints", points=json.dumps({"version": 1, "drags": [{"from": [0, 0], "to": [1, 1]}]}))
     assert len(drags) == 1
     assert preview.shape == (1, 512, 512, 3)
+
+
+@pytest.mark.parametrize(
+    ("version", "too_old"), [("0.3.63", True), ("0.2.9", True), ("0.3.64", False), ("0.33.0", False), (None, False)]
+)
+def test_an_old_comfyui_is_told_what_is_needed(version, too_old, caplog):
+    import sys
+
+    from comfyui_host import package_name
+
+    assert sys.modules[package_name()]._warn_if_too_old(version) is too_old
+    assert ("needs ComfyUI 0.3.64 or later" in caplog.text) is too_old
