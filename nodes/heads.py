@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.folders import find_head, head_names, load_named_head
+from ..rg_engine.comfy_host.folders import find_head, head_names, head_version, load_named_head
 from ..rg_engine.comfy_host.readout import read_out
 from ..rg_engine.errors import HeadFileError
 from ..rg_engine.types import HEAD_KINDS
@@ -43,6 +43,11 @@ class LoadReadoutHead(io.ComfyNode):
         return True
 
     @classmethod
+    def fingerprint_inputs(cls, head_name: str, kind: str) -> str:
+        """A file that was replaced is loaded again."""
+        return f"{kind} {head_version(head_name)}"
+
+    @classmethod
     def execute(cls, head_name: str, kind: str) -> io.NodeOutput:
         return io.NodeOutput(load_named_head(head_name, None if kind == "auto" else kind))  # type: ignore[arg-type]
 
@@ -72,7 +77,7 @@ class ReadOut(io.ComfyNode):
             ],
             outputs=[
                 Readout.Output("READOUT", tooltip="The readout itself, (B, D, H, W) at the latent's size."),
-                io.Image.Output("preview", display_name="preview", tooltip="The readout as a picture, usable as a control picture."),
+                io.Image.Output("preview", display_name="preview", tooltip="The readout as a picture; a control, too."),
             ],
         )  # fmt: skip
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
@@ -74,6 +75,7 @@ class BranchReader:
 
     def run(self, guider: Any, branch: int, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Tensor:
         """Run one branch by itself; returns its prediction (denoised)."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
         conds = guider.conds[_NAMES[branch]]
         if all("area" in cond for cond in conds):  # regional prompts only: the readout needs the whole picture
             conds = [{key: value for key, value in cond.items() if key != "area"} for cond in conds]

@@ -27,7 +27,7 @@ BATCH = 8
 
 
 def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None = None) -> dict[str, Any]:
-    """Run each control's example workflow for ``pictures`` pictures; write demo.png, one picture a control, and report.json."""
+    """Run each control's example workflow for ``pictures`` pictures; write demo.png, a picture a control, report.json."""
     import comfy.utils
     import folder_paths
 

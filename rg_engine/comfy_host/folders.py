@@ -50,5 +50,11 @@ def find_head(name: str) -> str:
     return path
 
 
+def head_version(name: str) -> str:
+    """Changes when the file does."""
+    path = find_head(name)
+    return f"{path} {os.path.getmtime(path)} {os.path.getsize(path)}"
+
+
 def load_named_head(name: str, kind: HeadKind | None = None) -> ReadoutHead:
     return load_head(find_head(name), kind, name)
