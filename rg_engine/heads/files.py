@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,66 +19,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..errors import HeadFileError
-from ..types import HEAD_KINDS, HeadKind
+from ..types import HeadKind
 from .aggregation import NORM_GROUPS, Activation, AggregationNetwork
+from .authors import read_authors
+from .head import HeadSpec, ReadoutHead
 
 FORMAT_VERSION = "1"
 METADATA_KEY = "readout_head"
-TimestepConvention = Literal["t", "reversed"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeadSpec:
-    """What a head is, apart from its weights.
-
-    feature_channels: channels of the maps that it reads, in tap order. control_range: value range of the control it was
-    trained on (spatial, keypoint). use_emb: whether it is run with the timestep embedding. timestep_convention: ``t``
-    if it was trained with the embedding of the timestep, ``reversed`` if with that of the reversed index (as the
-    authors' training code does); guidance embeds t either way, as the authors' does. training: facts to read, not used.
-    """
-
-    kind: HeadKind
-    feature_channels: tuple[int, ...]
-    backbone: str = "unknown"
-    control_range: tuple[float, float] = (-0.5, 0.5)
-    use_emb: bool = True
-    timestep_convention: TimestepConvention = "t"
-    activation: Activation = "tanh"
-    training: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        low, high = self.control_range
-        if not low < high:
-            raise HeadFileError(f"control_range {self.control_range} is empty: the first number must be the smaller")
-        for value, allowed, name in (
-            (self.kind, HEAD_KINDS, "kind"),
-            (self.timestep_convention, get_args(TimestepConvention), "timestep_convention"),
-            (self.activation, get_args(Activation), "activation"),
-        ):
-            if value not in allowed:
-                raise HeadFileError(f"head {name} {value!r} is unknown: expected one of {', '.join(allowed)}")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class ReadoutHead:
-    """A head ready to run: its network (fp32, frozen, in eval mode), its spec, and where it came from."""
-
-    network: AggregationNetwork
-    spec: HeadSpec
-    name: str
-
-    @property
-    def output_channels(self) -> int:
-        return self.network.output_channels
-
-    @property
-    def emb_width(self) -> int | None:
-        """Width of the timestep embedding that it takes, None if it takes none."""
-        return self.network.emb_width if self.network.emb_width and self.spec.use_emb else None
-
-    def read(self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """The readout (B, D, H, W) of features at latent size; the embedding is dropped where the head takes none."""
-        return self.network(features, emb if self.spec.use_emb else None, size)
 
 
 @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode; these weights are differentiated through
@@ -93,7 +39,7 @@ def load_head(path: str | Path, kind: HeadKind | None = None, name: str | None =
     name = name or path.name
     if not path.is_file():
         raise HeadFileError(f"there is no head file {name!r}: put it into models/readout_heads and refresh the list")
-    tensors, spec_fields = _read_safetensors(path, name) if path.suffix == ".safetensors" else _read_authors(path, name)
+    tensors, spec_fields = _read_safetensors(path, name) if path.suffix == ".safetensors" else read_authors(path, name)
     if kind is not None:
         spec_fields["kind"] = kind
         spec_fields.setdefault("use_emb", kind != "correspondence")
@@ -113,32 +59,6 @@ def save_head(head: ReadoutHead, path: str | Path, dtype: torch.dtype | None = N
         key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in head.network.state_dict().items()
     }
     save_file(state, str(path), metadata={METADATA_KEY: json.dumps(described, sort_keys=True)})
-
-
-def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
-    """The dictionary that the authors' code saves with ``torch.save`` (keys ``bottleneck_layers.i.``)."""
-    spec = head.spec
-    sequential = not spec.use_emb and spec.kind != "correspondence"  # how the authors' files say: run without emb
-    state = head.network.state_dict()
-    if sequential:
-        state = {re.sub(r"^(bottleneck_layers\.\d+)\.", r"\1.0.", key): value for key, value in state.items()}
-    return {
-        "step": int(spec.training.get("steps", 0)),
-        "config": {
-            "projection_dim": head.network.projection_channels,
-            "dims": list(spec.feature_channels),
-            "save_timestep": [0],
-            "num_timesteps": 1000,
-            "aggregation_kwargs": {
-                "use_output_head": head.output_channels > 0,
-                "output_head_channels": head.output_channels or 3,
-                "output_head_act": spec.activation == "tanh",
-                "bottleneck_sequential": sequential,
-            },
-            "dataset_args": {"control_range": list(spec.control_range), "kind": spec.kind},
-        },
-        "aggregation_network": dict(state),
-    }
 
 
 def build_network(
@@ -219,52 +139,6 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
             raise
         raise HeadFileError(f"{name!r} has damaged metadata: {error}") from error
     return tensors, described
-
-
-def _read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise HeadFileError(
-            f"{name!r} holds something other than tensors and plain values and was not opened: it may run code, or be "
-            "no head at all"
-        ) from error
-    except Exception as error:  # torch's unpickler raises whatever a damaged file leads it to
-        raise HeadFileError(f"{name!r} can't be read: it is truncated or no PyTorch file") from error
-    tensors = loaded.get("aggregation_network") if isinstance(loaded, dict) else None
-    config = loaded.get("config") if isinstance(loaded, dict) else None
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-        raise HeadFileError(f"{name!r} is not a readout head: it has no 'aggregation_network' of tensors")
-    config = config if isinstance(config, dict) else {}
-    aggregation = config.get("aggregation_kwargs") or {}
-    dataset = config.get("dataset_args") or {}
-    if not isinstance(aggregation, dict) or not isinstance(dataset, dict):
-        raise HeadFileError(f"{name!r} has a damaged config: aggregation_kwargs and dataset_args must be dictionaries")
-    sequential = any(re.match(r"bottleneck_layers\.\d+\.0\.", key) for key in tensors)
-    fields: dict[str, Any] = {
-        "backbone": str(config.get("model_id", "unknown")),
-        "use_emb": not sequential,  # the authors' sequential layout never passes the embedding on
-        "timestep_convention": "reversed",
-        "activation": "tanh" if aggregation.get("output_head_act", True) else "none",
-    }
-    try:
-        if "control_range" in dataset:
-            low, high = dataset["control_range"]
-            fields["control_range"] = (float(low), float(high))
-        if loaded.get("step") is not None:
-            fields["training"] = {"steps": int(loaded["step"])}
-    except (TypeError, ValueError) as error:
-        raise HeadFileError(f"{name!r} has a damaged config: its control_range or step is no number ({error})") from error
-    if not any(key.startswith("output_head.") for key in tensors):  # one with an output head tells by its channels
-        words = f"{dataset} {config.get('train_file', '')} {name}".lower()
-        found = {
-            kind
-            for kind, signs in (("appearance", ("appearance", "triplet")), ("correspondence", ("correspondence", "tracks")))
-            if any(sign in words for sign in signs)
-        }
-        if len(found) == 1:
-            fields["kind"] = found.pop()
-    return tensors, fields
 
 
 def _guess_kind(network: AggregationNetwork, name: str) -> HeadKind:
