@@ -97,11 +97,13 @@ def fast_step(
     _move(run, x, x + move, scale)
     if not reader.whole:
         return predict(options)
-    positive = guider.conds["positive"]
+    positive, used = guider.conds["positive"], False
 
     def calc(calculate: Any, model: Any, conds: list, x_in: Tensor, *args: Any) -> list[Tensor]:
-        if x_in is not x or conds[0] is not positive:
+        nonlocal used  # other nodes (PAG, for one) run the same prompt again to another end
+        if used or x_in is not x or conds[0] is not positive:
             return calculate(model, conds, x_in, *args)
+        used = True
         others = calculate(model, [None, *conds[1:]], before, *args)
         return [prediction + move, *(other + move for other in others[1:])]
 

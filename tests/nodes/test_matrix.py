@@ -141,6 +141,22 @@ def test_a_patch_that_writes_in_place(small, mode):
     assert_steered(small, small.sample(small.target(), mode=mode, strength=3.0, iterations=4), unguided)
 
 
+def test_perturbed_attention_guidance_still_perturbs(small):
+    """It runs the same prompt a second time at each step, with other attention."""
+    from comfy_extras import nodes_pag
+
+    patched = nodes_pag.PerturbedAttentionGuidance
+    model = (
+        patched.execute(small.model, 3.0).result[0] if hasattr(patched, "execute") else patched().patch(small.model, 3.0)[0]
+    )
+    weak = {"strength": 1e-6}
+    assert torch.allclose(small.sample(small.target(), model=model, **weak), small.plain(model=model), atol=1e-1)
+    assert not torch.allclose(small.plain(model=model), small.plain(), atol=1.0)
+    unguided = small.plain(model=model)
+    small.model = model
+    assert_steered(small, small.sample(small.target()), unguided)
+
+
 def test_two_chained_targets(small):
     points, _ = node("RG_DragPoints", points=DRAG)
     chained = small.target("correspondence", drag_points=points, previous=small.target(weight=2.0))
