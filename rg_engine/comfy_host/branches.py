@@ -142,16 +142,17 @@ class BranchReader:
     ) -> None:
         """The gradient in two parts: through the heads, in fp32, then through the network.
 
-        In between it is scaled to a largest element of 1, so that half precision neither underflows nor overflows.
+        In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
+        overflows.
         """
-        leaves = [f[rows].detach().requires_grad_() for f in features]
+        leaves = [f[rows].detach().float().requires_grad_() for f in features]
         loss, _ = self._objective.loss(Branch(features=leaves, emb=emb[rows], z=z[rows]), self._active, self._source)
         at_taps = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
         pairs = [(f, g) for f, g in zip(features, at_taps, strict=True) if g is not None]
-        largest = torch.stack([g.abs().amax().float() for _, g in pairs]).amax()
-        gain = torch.where(torch.isfinite(largest) & (largest > 0), 1 / largest, 1.0)
+        largest = torch.stack([g.abs().amax() for _, g in pairs]).amax()
+        gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
         outputs = [f[rows] for f, _ in pairs]
-        (gradient,) = torch.autograd.grad(outputs, leaf, [g * gain.to(g.dtype) for _, g in pairs], retain_graph=not last)
+        (gradient,) = torch.autograd.grad(outputs, leaf, [(g * gain).to(f.dtype) for f, g in pairs], retain_graph=not last)
         self._losses.append(loss.detach())
         self._gradients.append(gradient[rows].float() / gain / scale[rows])
 

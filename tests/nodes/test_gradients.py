@@ -115,3 +115,30 @@ def test_no_cast_weight_lives_between_forward_and_backward(inputs, monkeypatch):
         assert made
         assert sum(ref() is not None for ref in made) == 0
         torch.autograd.grad(out, leaf, inputs[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_tiny_loss_does_not_underflow_in_half_precision(dtype):
+    """The gradient at the taps is scaled before it meets half precision: a loss of 2^-40 points where one of 1 does."""
+    from types import SimpleNamespace
+
+    branches, guidance, heads = engine("comfy_host.branches"), engine("guidance"), engine("heads")
+    model = parity_model()
+    model.model.diffusion_model.to(dtype)
+    model.model.manual_cast_dtype = dtype
+    backbone = engine("comfy_host.guided_model").backbone_of(model)
+    generator = torch.Generator().manual_seed(0)
+    x, context = torch.randn(1, 4, 16, 16, generator=generator), torch.randn(1, 8, 32, generator=generator)
+    head = heads.load_head(engine("comfy_host.bootstrap").REPOSITORY / "tests/parity/data/head_spatial.pt")
+    sigma = torch.tensor([2.0])
+    found = []
+    for weight in (1.0, 2.0**-40):
+        target = guidance.Target(head=head, weight=weight, image=torch.zeros(1, 16, 16, 3))
+        with torch.inference_mode(False):
+            objective = guidance.Objective((target,), (16, 16), 1, x.device)
+        reader = branches.BranchReader(backbone, objective, x, active=(0,))
+        options = reader.install({})["transformer_options"]
+        model.model.apply_model(x, sigma, c_crossattn=context, transformer_options=options)
+        found.append(SimpleNamespace(gradient=reader.gradient / weight, loss=reader.loss))
+    assert found[1].gradient.abs().max() > 0
+    assert relative(found[1].gradient, found[0].gradient) < 1e-3
