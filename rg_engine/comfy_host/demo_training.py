@@ -73,7 +73,7 @@ def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, 
                 output_channels=channels,
             ).to(frozen.device),
             spec=HeadSpec(
-                kind="spatial", feature_channels=frozen.backbone.channels, backbone="the demo model",
+                kind="spatial", feature_channels=frozen.backbone.channels, backbone="the demo model", taps=frozen.backbone.taps,
                 control_range=CONTROL_RANGE, training={"pairs": len(latents), "control": name},
             ),
             loss=_control_loss(name, empty),

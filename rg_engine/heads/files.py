@@ -131,6 +131,7 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
             raise HeadFileError(f"{name!r} has head format {version}; this version reads {FORMAT_VERSION}: update it")
         described.pop("feature_channels")
         described["control_range"] = tuple(float(v) for v in described["control_range"])
+        described["taps"] = tuple(str(tap) for tap in described.get("taps", ()))
         unknown = set(described) - {field.name for field in dataclasses.fields(HeadSpec)}
         if unknown or len(described["control_range"]) != 2:
             raise HeadFileError(f"{name!r} has metadata that isn't understood: {', '.join(sorted(unknown)) or 'range'}")

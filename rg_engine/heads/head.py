@@ -19,7 +19,8 @@ TimestepConvention = Literal["t", "reversed"]
 class HeadSpec:
     """What a head is, apart from its weights.
 
-    feature_channels: channels of the maps that it reads, in tap order. control_range: value range of the control it was
+    feature_channels: channels of the maps that it reads, in tap order. taps: paths of the modules they came from, to read,
+    not used (which maps a model gives is the backbone's to say). control_range: value range of the control it was
     trained on (spatial, keypoint). use_emb: whether it is run with the timestep embedding. timestep_convention: ``t``
     if it was trained with the embedding of the timestep, ``reversed`` if with that of the reversed index (as the
     authors' training code does); guidance embeds t either way, as the authors' does. training: facts to read, not used.
@@ -28,6 +29,7 @@ class HeadSpec:
     kind: HeadKind
     feature_channels: tuple[int, ...]
     backbone: str = "unknown"
+    taps: tuple[str, ...] = ()
     control_range: tuple[float, float] = (-0.5, 0.5)
     use_emb: bool = True
     timestep_convention: TimestepConvention = "t"
