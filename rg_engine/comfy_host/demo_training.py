@@ -73,7 +73,7 @@ def train_spatial_heads(data: Path, work: Path, steps: int, pairs: int = 20000, 
                 output_channels=channels,
             ).to(frozen.device),
             spec=HeadSpec(
-                kind="spatial", feature_channels=frozen.backbone.channels, taps=frozen.backbone.taps, backbone="the demo model",
+                kind="spatial", feature_channels=frozen.backbone.channels, taps=frozen.backbone.taps, backbone="demo model",
                 control_range=CONTROL_RANGE, training={"pairs": len(latents), "control": name},
             ),
             loss=_control_loss(name, empty),
