@@ -18,19 +18,13 @@ AFTER_GENERATE = ("fixed", "increment", "decrement", "randomize")
 
 
 def load_extension() -> None:
-    """Load ComfyUI's own extra nodes and this extension into this process, as ComfyUI's start does."""
+    """Load this extension into this process, as ComfyUI's start does (ComfyUI's core nodes come with ``nodes``)."""
     import nodes
 
     if "RG_LoadReadoutHead" in nodes.NODE_CLASS_MAPPINGS:
         return
 
-    async def load() -> bool:
-        builtin = nodes.init_builtin_extra_nodes()
-        if inspect.isawaitable(builtin):
-            await builtin
-        return await nodes.load_custom_node(str(REPOSITORY))
-
-    if not asyncio.run(load()):
+    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
         raise ReadoutGuidanceError("ComfyUI could not load this extension: see the messages above")
 
 

@@ -13,7 +13,7 @@ from ..types import MODES, Mode
 #: the first half of the time make a path of 1.
 PATH_PER_TIME = 2.0
 #: Fast mode guides at most once in so much of the diffusion time: few long moves steer as well as many short ones.
-FAST_INTERVAL = 0.05
+FAST_INTERVAL = 0.1
 #: Fast mode leaves out a step that stands for less of the diffusion time: one on the very end of its range.
 MIN_TIME = 1e-4
 
