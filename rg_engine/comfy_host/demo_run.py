@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,9 @@ from torch import Tensor
 
 from ..demo.measure import UNITS, control_errors, load_estimator, mean_and_error
 from ..demo.scene_pictures import sample_scenes, scene_pictures
-from ..guidance import GuidanceSettings, make_plan
+from ..guidance import GuidanceSettings
 from .bootstrap import REPOSITORY
-from .demo_model import load_demo_model
+from .timing import time_guidance
 from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs
 
 CONTROLS = ("pose", "depth", "edges")
@@ -47,35 +46,25 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
     sheets = []
     for control in CONTROLS:
         prompt = read_workflow(REPOSITORY / "example_workflows" / f"{control}.json")
-        executor.run(with_inputs(prompt, "RG_ReadoutGuidedKSampler", steps=1))  # loads everything, so that it isn't timed
         entry: dict[str, Any] = {"unit": UNITS[control]}
         rows: dict[str, Tensor] = {}
         for mode in ("unguided", *modes):
-            drawn, readouts, seconds = _make(executor, prompt, mode, batches, strength)
+            drawn, readouts = _make(executor, prompt, mode, batches, strength)
             mean, error = mean_and_error(control_errors(control, drawn, scenes, estimator))
-            entry[mode] = {
-                "error": round(mean, 4),
-                "standard_error": round(error, 4),
-                "seconds_per_picture": round(seconds, 3),
-            }
-            rows[mode] = drawn
-            rows["readout"] = readouts
-            print(
-                f"{control:6} {mode:10} error {mean:.4g} +- {error:.2g} ({UNITS[control]}), {seconds:.2f} s a picture",
-                flush=True,
-            )
+            entry[mode] = {"error": round(mean, 4), "standard_error": round(error, 4)}
+            rows[mode], rows["readout"] = drawn, readouts
+            print(f"{control:6} {mode:10} error {mean:.4g} +- {error:.2g} ({UNITS[control]})", flush=True)
         steps = _value(prompt, "RG_ReadoutGuidedKSampler", "steps")
         for mode in modes:
+            iterations = REFERENCE_ITERATIONS if mode == "reference" else 1
+            settings = GuidanceSettings(mode=mode, iterations=iterations)  # type: ignore[arg-type]
             entry[mode]["error_ratio"] = round(entry[mode]["error"] / entry["unguided"]["error"], 3)
-            entry[mode]["time_ratio"] = round(
-                entry[mode]["seconds_per_picture"] / entry["unguided"]["seconds_per_picture"], 2
+            entry[mode] |= time_guidance(control, settings, steps)
+            ratios = entry[mode]["guided_step_ratio"], entry[mode]["whole_picture_ratio"]
+            print(
+                f"{control:6} {mode:10} a guided step takes {ratios[0]:.2f} of a plain one, a picture {ratios[1]:.2f}",
+                flush=True,
             )
-            guided_steps = _guided_steps(prompt, mode)
-            plain_s = entry["unguided"]["seconds_per_picture"] / steps
-            extra_s = (entry[mode]["seconds_per_picture"] - entry["unguided"]["seconds_per_picture"]) / guided_steps
-            entry[mode]["guided_steps"] = guided_steps
-            entry[mode]["seconds_per_guided_step"] = round(plain_s + extra_s, 4)
-        entry["unguided"]["seconds_per_step"] = round(entry["unguided"]["seconds_per_picture"] / steps, 4)
         report["controls"][control] = entry
         layers = dict(zip(("picture", *CONTROLS), scene_pictures(SCENE_SEED, batches[0][1], True)[:4], strict=True))
         sheets.append(
@@ -95,9 +84,9 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
 
 def _make(
     executor: Executor, prompt: Prompt, mode: str, batches: list[tuple[int, int]], strength: float | None
-) -> tuple[Tensor, Tensor, float]:
-    """Finished pictures and the head's readouts of them, (N, 128, 128, 3), and seconds a picture of sampling."""
-    drawn, readouts, seconds = [], [], 0.0
+) -> tuple[Tensor, Tensor]:
+    """Finished pictures and the head's readouts of them, (N, 128, 128, 3)."""
+    drawn, readouts = [], []
     for start, count in batches:
         settings: dict[str, Any] = {"seed": 100 + start}
         if mode == "unguided":
@@ -113,12 +102,10 @@ def _make(
         run = with_inputs(run, "RG_DemoScene", seed=SCENE_SEED + start, count=count, figure_only=True)
         positive = _value(prompt, "RG_ReadoutGuidedKSampler", "positive")[0]
         run[positive]["inputs"]["text"] = PROMPTS[start // BATCH % len(PROMPTS)]
-        began = time.perf_counter()
         shown = executor.run(run)
-        seconds += time.perf_counter() - began
         drawn.append(_pictures(run, shown, "SaveImage"))
         readouts.append(_pictures(run, shown, "PreviewImage"))
-    return torch.cat(drawn), torch.cat(readouts), seconds / sum(count for _, count in batches)
+    return torch.cat(drawn), torch.cat(readouts)
 
 
 def _pictures(prompt: Prompt, shown: dict[str, Any], class_type: str) -> Tensor:
@@ -131,21 +118,6 @@ def _pictures(prompt: Prompt, shown: dict[str, Any], class_type: str) -> Tensor:
         path = Path(folder_paths.get_directory_by_type(saved["type"])) / saved["subfolder"] / saved["filename"]
         loaded.append(torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255))
     return torch.stack(loaded)
-
-
-def _guided_steps(prompt: Prompt, mode: str) -> int:
-    """How many of the sampler's steps are guided."""
-    import comfy.samplers
-
-    sampler, target = (
-        next(node["inputs"] for node in prompt.values() if node["class_type"] == kind)
-        for kind in ("RG_ReadoutGuidedKSampler", "RG_ReadoutTarget")
-    )
-    model_sampling = load_demo_model()[0].get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(model_sampling, sampler["scheduler"], sampler["steps"])
-    ranges = [(target["start_percent"], target["end_percent"])]
-    settings = GuidanceSettings(mode=mode)  # type: ignore[arg-type]
-    return len(make_plan(ranges, sigmas.tolist(), settings, model_sampling.percent_to_sigma).steps)
 
 
 def _value(prompt: Prompt, class_type: str, name: str) -> Any:
