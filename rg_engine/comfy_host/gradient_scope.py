@@ -13,7 +13,7 @@ Everything is as before when the scope ends, also after an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.ops
@@ -22,19 +22,29 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_input, conv2d_input, conv3d_input
 
+MISSING = object()
 _CONVOLUTIONS = {nn.Conv1d: conv1d_input, nn.Conv2d: conv2d_input, nn.Conv3d: conv3d_input}
 
 
 @contextlib.contextmanager
 def gradient_scope(network: nn.Module) -> Iterator[None]:
     """Inside, autograd is on and ``network`` can be differentiated with respect to its inputs."""
-    with contextlib.ExitStack() as stack, torch.inference_mode(False), torch.enable_grad():
-        for module in network.modules():
-            if casts_weights(module):
-                stack.enter_context(_frozen_forward(module))
+    kept: list[tuple[dict[str, Any], str, Any]] = []  # (table, name, what it held); MISSING if nothing
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            for module in network.modules():
+                if casts_weights(module):
+                    kept.append((module.__dict__, "forward", module.__dict__.get("forward", MISSING)))
+                    module.forward = _frozen_forward(module)  # type: ignore[method-assign]
+                else:
+                    _alias_tensors(module, kept)
+            yield
+    finally:
+        for table, name, value in reversed(kept):
+            if value is MISSING:
+                del table[name]
             else:
-                stack.enter_context(_aliased_parameters(module))
-        yield
+                table[name] = value
 
 
 def plain(value: Any) -> Any:
@@ -62,39 +72,19 @@ def casts_weights(module: nn.Module) -> bool:
     )
 
 
-@contextlib.contextmanager
-def _aliased_parameters(module: nn.Module) -> Iterator[None]:
-    kept: list[tuple[dict[str, Any], str, Tensor]] = []
-    try:
-        tables: tuple[tuple[dict[str, Any], Any], ...] = ((module._parameters, _parameter), (module._buffers, _identity))
-        for table, wrap in tables:
-            for name, tensor in table.items():
-                if tensor is not None and tensor.is_inference() and type(tensor.data) is Tensor:
-                    kept.append((table, name, tensor))
-                    table[name] = wrap(_alias(tensor))
-        yield
-    finally:
-        for table, name, tensor in kept:
-            table[name] = tensor
+def _alias_tensors(module: nn.Module, kept: list[tuple[dict[str, Any], str, Any]]) -> None:
+    """Replace a module's inference parameters and buffers by ordinary tensors over the same storages."""
+    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+    for table in tables:
+        for name, tensor in table.items():
+            if tensor is not None and tensor.is_inference() and type(tensor.data) is Tensor:
+                kept.append((table, name, tensor))
+                empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                alias = empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                table[name] = nn.Parameter(alias, requires_grad=False) if table is module._parameters else alias
 
 
-def _alias(tensor: Tensor) -> Tensor:
-    """An ordinary tensor over an inference tensor's storage."""
-    empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-
-
-def _parameter(tensor: Tensor) -> nn.Parameter:
-    return nn.Parameter(tensor, requires_grad=False)
-
-
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
-
-
-@contextlib.contextmanager
-def _frozen_forward(module: nn.Module) -> Iterator[None]:
-    own = module.__dict__.get("forward")
+def _frozen_forward(module: nn.Module) -> Callable[..., Tensor]:
     original = module.forward
 
     def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -102,14 +92,7 @@ def _frozen_forward(module: nn.Module) -> Iterator[None]:
             return original(x, *args, **kwargs)
         return _FrozenLayer.apply(x, module, original)
 
-    module.forward = forward  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own  # type: ignore[method-assign]
+    return forward
 
 
 class _FrozenLayer(torch.autograd.Function):
