@@ -22,7 +22,7 @@ from torch import Tensor
 from ..features import Backbone, check_head_fits, detect_backbone
 from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
 from ..heads import ReadoutHead
-from .guided_step import KEY, Options, Run, fast_step, reference_step, source_step
+from .guided_step import KEY, ModelCall, Options, Run, fast_step, reference_step, source_step
 from .memory import with_room_for_graph
 from .sampler_steps import SamplerSteps, watched
 
@@ -148,13 +148,12 @@ class ModelGuidance:
         def predict(options: Options) -> Tensor:
             return executor(x, timestep, options, seed)
 
-        if run is None or run.steps is None:
-            return predict(options)
-        planned = run.steps.planned(float(timestep.flatten()[0]))
-        if planned is None:
+        planned = run.steps.planned(float(timestep.flatten()[0])) if run is not None and run.steps is not None else None
+        if run is None or planned is None:
             return predict(options)
         step = source_step if run.recording else reference_step if run.settings.mode == "reference" else fast_step
-        return step(run, planned, predict, executor.class_obj, x, timestep, options)
+        call = ModelCall(guider=executor.class_obj, x=x, timestep=timestep, options=options, predict=predict)
+        return step(run, planned, call)
 
     def _report(self, run: Run) -> None:
         self.losses = run.losses

@@ -57,47 +57,52 @@ class Run:
         return BranchReader(self.backbone, self.objective, x, **settings)
 
 
-def source_step(
-    run: Run,
-    planned: PlannedStep,
-    predict: Callable[[Options], Tensor],
-    guider: Any,
-    x: Tensor,
-    timestep: Tensor,
-    options: Options,
-) -> Tensor:
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelCall:
+    """One call of the model by the sampler; ``predict`` carries it out, with options that may differ from its own."""
+
+    guider: Any
+    x: Tensor
+    timestep: Tensor
+    options: Options
+    predict: Callable[[Options], Tensor]
+
+    def run_branch(self, reader: BranchReader, branch: int, x: Tensor | None = None) -> Tensor:
+        """The prediction of one branch by itself, read out by ``reader``."""
+        return reader.run(self.guider, branch, self.x if x is None else x, self.timestep, self.options)
+
+    @property
+    def scale(self) -> Tensor:
+        """z / x, (B, 1, 1, 1)."""
+        return input_scale(self.guider.inner_model, self.timestep, self.x)
+
+
+def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """A step of the source: the plain prediction, its readouts kept."""
-    reader = run.reader(x)
-    denoised = predict(reader.install(options))
-    for branch in _branches(run, guider):
+    reader = run.reader(call.x)
+    denoised = call.predict(reader.install(call.options))
+    for branch in _branches(run, call):
         if branch not in reader.source:  # not part of the plain prediction (cfg 1)
-            reader.run(guider, branch, x, timestep, options)
+            call.run_branch(reader, branch)
         run.source[planned.step, branch] = reader.source[branch]
     return denoised
 
 
-def fast_step(
-    run: Run,
-    planned: PlannedStep,
-    predict: Callable[[Options], Tensor],
-    guider: Any,
-    x: Tensor,
-    timestep: Tensor,
-    options: Options,
-) -> Tensor:
+def fast_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """One pass of the conditional branch gives both the gradient and the prediction; x moves against the gradient.
 
     The noise that the model saw in x is kept, so every prediction moves with x.
     """
-    reader = _guided_reader(run, planned, CONDITIONAL, guider, x, timestep, options)
-    prediction = reader.run(guider, CONDITIONAL, x, timestep, options)
+    x = call.x
+    reader = _guided_reader(run, planned, CONDITIONAL, call)
+    prediction = call.run_branch(reader, CONDITIONAL)
     run.losses.append(reader.loss)
-    before, scale = x.clone(), input_scale(guider.inner_model, timestep, x)
+    before, scale = x.clone(), call.scale
     move = _inside(rms_step(reader.gradient, planned.length) / scale, run.denoise_mask).to(x.dtype)
     _move(run, x, x + move, scale)
     if not reader.whole:
-        return predict(options)
-    positive, used = guider.conds["positive"], False
+        return call.predict(call.options)
+    positive, used = call.guider.conds["positive"], False
 
     def calc(calculate: Any, model: Any, conds: list, x_in: Tensor, *args: Any) -> list[Tensor]:
         nonlocal used  # other nodes (PAG, for one) run the same prompt again to another end
@@ -107,61 +112,51 @@ def fast_step(
         others = calculate(model, [None, *conds[1:]], before, *args)
         return [prediction + move, *(other + move for other in others[1:])]
 
-    options = comfy.model_patcher.create_model_options_clone(options)
+    options = comfy.model_patcher.create_model_options_clone(call.options)
     add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
-    return predict(options)
+    return call.predict(options)
 
 
-def reference_step(
-    run: Run,
-    planned: PlannedStep,
-    predict: Callable[[Options], Tensor],
-    guider: Any,
-    x: Tensor,
-    timestep: Tensor,
-    options: Options,
-) -> Tensor:
+def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """The paper's step: AdamW on z with the loss of both branches, then the plain prediction at the moved latent."""
-    scale, before = input_scale(guider.inner_model, timestep, x), x.clone()
+    x, scale, before = call.x, call.scale, call.x.clone()
     with torch.inference_mode(False):
         update = ReferenceUpdate(before.clone() * scale.clone(), run.settings.strength)
     for _ in range(run.settings.iterations):
         gradients = []
-        for branch in _branches(run, guider):
-            reader = _guided_reader(run, planned, branch, guider, x, timestep, options)
-            reader.run(guider, branch, x, timestep, options)
+        for branch in _branches(run, call):
+            reader = _guided_reader(run, planned, branch, call)
+            call.run_branch(reader, branch)
             run.losses.append(reader.loss)
             gradients.append(reader.gradient)
         with torch.inference_mode(False):
             z = update.step(torch.stack(gradients).sum(0))
         _move(run, x, before + _inside(z / scale - before, run.denoise_mask).to(x.dtype), scale)
-    return predict(options)
+    return call.predict(call.options)
 
 
-def _branches(run: Run, guider: Any) -> tuple[int, ...]:
+def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
     """Whose loss counts: the conditional one's; in reference mode the unconditional one's too, and first."""
-    if run.settings.mode == "reference" and guider.conds.get("negative") is not None:
+    if run.settings.mode == "reference" and call.guider.conds.get("negative") is not None:
         return (UNCONDITIONAL, CONDITIONAL)
     return (CONDITIONAL,)
 
 
-def _guided_reader(
-    run: Run, planned: PlannedStep, branch: int, guider: Any, x: Tensor, timestep: Tensor, options: Options
-) -> BranchReader:
+def _guided_reader(run: Run, planned: PlannedStep, branch: int, call: ModelCall) -> BranchReader:
     """A reader of one guided branch, with the readouts of source and references that it is compared with."""
     source = run.source.get((planned.step, branch))
     for i in sorted(set(run.references) & set(planned.active)):
         key = (planned.step, branch, i)
         if key not in run.reference_steps:
-            sampling = guider.inner_model.model_sampling
-            noised = sampling.noise_scaling(timestep[:1], run.noise, run.references[i], False)
-            reader = run.reader(x, recorded=(i,))
-            reader.run(guider, branch, noised, timestep, options)
+            sampling = call.guider.inner_model.model_sampling
+            noised = sampling.noise_scaling(call.timestep[:1], run.noise, run.references[i], False)
+            reader = run.reader(call.x, recorded=(i,))
+            call.run_branch(reader, branch, noised)
             run.reference_steps[key] = reader.source[branch]
         step = run.reference_steps[key]
         readouts = {**({} if source is None else source.readouts), **step.readouts}
         source = dataclasses.replace(source or step, readouts=readouts)
-    return run.reader(x, active=planned.active, source=source)
+    return run.reader(call.x, active=planned.active, source=source)
 
 
 def _move(run: Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:

