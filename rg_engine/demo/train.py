@@ -78,7 +78,7 @@ def train_denoiser(
     out: Path,
     steps: int,
     batch: int = 64,
-    learning_rate: float = 6e-4,
+    learning_rate: float = 8e-4,
     device: str = "cpu",
 ) -> None:
     """Train ``model`` to predict v on the cached latents (SD's noise schedule, 12% of the captions left out).
