@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.demo_model import load_demo_model
-from ..rg_engine.demo.scene_pictures import scene_pictures
-from .schema import schema
+from ..rg_engine.demo.scene_pictures import SEQUENCES, scene_pictures
+from .schema import Readout, Tracks, schema
 
 
 class LoadDemoModel(io.ComfyNode):
@@ -16,9 +16,9 @@ class LoadDemoModel(io.ComfyNode):
             "RG_LoadDemoModel",
             "Load Demo Model",
             aliases=["readout guidance", "demo", "example model"],
-            description="A small text-to-image model that comes with this extension, so that its workflows run without a "
-            "download. It draws jointed figures, balls, boxes and cones, 128 pixels square. Prompt it like: "
-            "a red figure and a blue ball, grey wall.",
+            description="A small text-to-image model that comes with this extension, so that its workflows run without "
+            "a download. It draws jointed figures, balls, boxes and cones, 128 pixels square. Prompt it like: a red "
+            "figure and a blue ball, grey wall.",
             inputs=[],
             outputs=[io.Model.Output("MODEL"), io.Clip.Output("CLIP"), io.Vae.Output("VAE")],
         )
@@ -35,12 +35,21 @@ class DemoScene(io.ComfyNode):
             "RG_DemoScene",
             "Demo Scene",
             aliases=["readout guidance", "demo", "procedural", "pose map", "depth map"],
-            description="Scenes of the demo world with what is true about them: control pictures for the demo model, and "
-            "training pairs for heads.",
+            description="Scenes of the demo world with what is true about them: control pictures for the demo model, "
+            "and training pairs for heads.",
             inputs=[
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=True, tooltip="Which scenes."),
                 io.Int.Input("count", default=1, min=1, max=4096, tooltip="How many."),
                 io.Boolean.Input("figure_only", default=False, tooltip="One figure and nothing else in each."),
+                io.Combo.Input(
+                    "sequence",
+                    options=list(SEQUENCES),
+                    default="scenes",
+                    optional=True,
+                    tooltip="scenes: one by one. pairs: two in a row with the same things elsewhere, to train a "
+                    "correspondence head. triplets: three in a row, the third with another figure, to train an "
+                    "appearance head.",
+                ),
             ],
             outputs=[
                 io.Image.Output("picture", display_name="picture"),
@@ -48,12 +57,17 @@ class DemoScene(io.ComfyNode):
                 io.Image.Output("depth", display_name="depth", tooltip="Near is bright."),
                 io.Image.Output("edges", display_name="edges", tooltip="Edges on black."),
                 io.String.Output("caption", display_name="caption", tooltip="Of the first scene."),
+                Readout.Output("keypoints", display_name="keypoints", tooltip="A heat map a joint, for keypoint heads."),
+                Tracks.Output("tracks", display_name="tracks", tooltip="Points of pairs, for correspondence heads."),
             ],
         )
 
     @classmethod
-    def execute(cls, seed: int, count: int, figure_only: bool) -> io.NodeOutput:
-        return io.NodeOutput(*scene_pictures(seed, count, figure_only))
+    def execute(cls, seed: int, count: int, figure_only: bool, sequence: str = "scenes") -> io.NodeOutput:
+        drawn = scene_pictures(seed, count, figure_only, sequence)  # type: ignore[arg-type]
+        return io.NodeOutput(
+            drawn.picture, drawn.pose, drawn.depth, drawn.edges, drawn.captions[0], drawn.keypoints, drawn.tracks
+        )
 
 
 NODES = (LoadDemoModel, DemoScene)

@@ -13,6 +13,7 @@ ReadoutHead = io.Custom("READOUT_HEAD")
 ReadoutTarget = io.Custom("READOUT_TARGET")
 DragPoints = io.Custom("DRAG_POINTS")
 Readout = io.Custom("READOUT")
+Tracks = io.Custom("TRACKS")
 
 
 def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:
@@ -31,9 +32,10 @@ def mode_and_strength() -> list[Any]:
             "steps; 0 is no guidance, the same picture as KSampler's.",
         ),
         io.Combo.Input(
-            "mode", options=["fast", "reference"], default="fast",
-            tooltip="fast: one long move every so often, from the pass that predicts the picture anyway. reference: the "
-            "paper's own procedure, a small AdamW step at each step; slower.",
+            "mode", options=["fast", "reference", "norm_ratio"], default="fast",
+            tooltip="fast: one long move every so often, from the pass that predicts the picture anyway. reference: "
+            "the paper's own procedure, a small AdamW step at each step; slower. norm_ratio: as Sketch-Guided "
+            "Diffusion, each step moves by a share of the sampler's own step.",
         ),
         io.Int.Input("iterations", default=1, min=1, max=50, tooltip="Updates a step in reference mode. fast ignores it."),
         io.Float.Input(

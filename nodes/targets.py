@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.guidance import Target
-from .schema import DragPoints, ReadoutHead, ReadoutTarget, schema
+from .schema import DragPoints, Readout, ReadoutHead, ReadoutTarget, schema
 
 
 class ReadoutTargetNode(io.ComfyNode):
@@ -16,8 +16,9 @@ class ReadoutTargetNode(io.ComfyNode):
             "Readout Target",
             aliases=["readout guidance", "control target", "pose control", "depth control", "drag"],
             description="What the picture should read like. A spatial head needs image (a pose, depth or edge map), a "
-            "correspondence head drag_points; an appearance head takes reference_latent or, without one, keeps the look of "
-            "the unguided picture. Chain several through previous.",
+            "correspondence head drag_points, a keypoint head readout (what Read Out made), an lgp head "
+            "reference_latent (the edge map through VAE Encode); an appearance head takes reference_latent or, without "
+            "one, keeps the look of the unguided picture. Chain several through previous.",
             inputs=[
                 ReadoutHead.Input("head", tooltip="What reads the picture."),
                 io.Float.Input(
@@ -27,14 +28,18 @@ class ReadoutTargetNode(io.ComfyNode):
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Guide from here ..."),
                 io.Float.Input(
                     "end_percent", default=0.5, min=0.0, max=1.0, step=0.01,
-                    tooltip="... to here, as parts of the diffusion time (as on ControlNet). Layout is made in the first "
-                    "half; later guidance holds details but costs quality.",
+                    tooltip="... to here, as parts of the diffusion time (as on ControlNet). Layout is made in the "
+                    "first half; later guidance holds details but costs quality.",
                 ),
                 io.Image.Input("image", optional=True, tooltip="The control picture, of any size; cropped to the aspect."),
                 io.Mask.Input("mask", optional=True, tooltip="Where the target counts (white)."),
                 DragPoints.Input("drag_points", optional=True, tooltip="Arrows from Drag Points."),
-                io.Latent.Input("reference_latent", optional=True, tooltip="The picture whose look to keep."),
+                io.Latent.Input("reference_latent", optional=True, tooltip="The picture whose look to keep; for an lgp "
+                    "head the encoded edge map."),
                 ReadoutTarget.Input("previous", optional=True, tooltip="Another target to follow as well."),
+                Readout.Input(
+                    "readout", optional=True, tooltip="What the head reads in another picture (Read Out), instead of image."
+                ),
             ],
             outputs=[ReadoutTarget.Output("TARGET", display_name="READOUT_TARGET")],
         )  # fmt: skip
@@ -48,7 +53,7 @@ class ReadoutTargetNode(io.ComfyNode):
     @classmethod
     def execute(
         cls, head, weight, start_percent, end_percent, image=None, mask=None, drag_points=None, reference_latent=None,
-        previous=None,
+        previous=None, readout=None,
     ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
             Target(
@@ -60,6 +65,7 @@ class ReadoutTargetNode(io.ComfyNode):
                 mask=mask,
                 drags=drag_points,
                 reference_latent=None if reference_latent is None else reference_latent["samples"],
+                readout=readout,
                 previous=previous,
             )
         )

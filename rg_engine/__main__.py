@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, convert, train-demo."""
+"""``python -m rg_engine``: demo, train, evaluate, convert, train-demo."""
 
 from __future__ import annotations
 
@@ -20,6 +20,15 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--strength", type=float, default=None, help="instead of the workflows' own")
     demo.add_argument("--device", default="auto", choices=["auto", "cpu"])
 
+    train = commands.add_parser("train", help="train a head from folders; also under torchrun, on several processes")
+    train.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in the README")
+
+    evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
+    evaluate.add_argument("tables", nargs="*", default=[], help="heads timesteps pairs conventions; all of them unless told")
+    evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
+    evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
+    evaluate.add_argument("--device", default="auto", choices=["auto", "cpu"])
+
     convert = commands.add_parser("convert", help="authors' .pt to .safetensors, or back")
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
@@ -30,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     make.add_argument("--device", default="cpu")
     make.add_argument("--shards", type=int, default=30, help="of 2000 pictures")
-    for part, steps in (("autoencoder", 3400), ("denoiser", 5400), ("estimator", 900), ("heads", 2500)):
+    for part, steps in (("autoencoder", 3400), ("denoiser", 5400), ("estimator", 900), ("heads", 2400)):
         make.add_argument(f"--{part}-steps", type=int, default=steps)
 
     options = parser.parse_args(arguments)
@@ -42,7 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
             return 0
         from .comfy_host.bootstrap import use_comfyui
 
+        if options.command == "train":
+            from .training.config import read_config
+
+            config = read_config(options.config)
+            use_comfyui(config.device)
+            from .comfy_host.train_files import train_from_files
+
+            train_from_files(config)
+            return 0
         use_comfyui(options.device)
+        if options.command == "evaluate":
+            from .comfy_host.evaluate import run_evaluation
+
+            run_evaluation(options.out, options.pictures, options.tables)
+            return 0
         if options.command == "demo":
             from .comfy_host.demo_run import run_demo
 

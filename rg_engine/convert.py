@@ -4,21 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from .errors import HeadFileError
-from .heads import load_head, save_head, to_authors_layout
+from .heads import convert_authors, convert_to_authors, load_head, save_head
 from .types import HEAD_KINDS, HeadKind
 
 
 def convert_head(source: Path, target: Path, kind: HeadKind | None = None) -> None:
-    """Read ``source`` and write ``target``; the endings (.pt, .safetensors) choose the layouts."""
+    """Read ``source`` and write ``target``; the endings (.pt, .safetensors) choose the layouts.
+
+    From an authors' .pt to .safetensors and back, tensors, config and step are the same.
+    """
     if kind is not None and kind not in HEAD_KINDS:
         raise HeadFileError(f"kind {kind!r} is unknown: expected one of {', '.join(HEAD_KINDS)}")
-    head = load_head(source, kind)
-    if target.suffix == ".safetensors":
-        save_head(head, target)
-    elif target.suffix == ".pt":
-        torch.save(to_authors_layout(head), target)
-    else:
-        raise HeadFileError(f"{target.name!r} ends in neither .safetensors nor .pt: choose one of them")
+    match source.suffix, target.suffix:
+        case ".safetensors", ".safetensors":
+            save_head(load_head(source, kind), target)
+        case _, ".safetensors":
+            convert_authors(source, target, kind)
+        case ".safetensors", ".pt":
+            convert_to_authors(source, target, kind)
+        case _, ".pt":
+            raise HeadFileError(f"{source.name!r} is an authors' file already: only a .safetensors becomes a .pt")
+        case _:
+            raise HeadFileError(f"{target.name!r} ends in neither .safetensors nor .pt: choose one of them")

@@ -17,5 +17,9 @@ class TargetError(ReadoutGuidanceError):
     """A target that can't be compared with a readout: something missing, malformed or out of range."""
 
 
+class TrainingError(ReadoutGuidanceError):
+    """A head can't be trained: its examples, its settings, its checkpoint, or a loss that is not finite."""
+
+
 class ModelWorldError(ReadoutGuidanceError):
     """The embedded demo model's files are missing or damaged."""

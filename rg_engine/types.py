@@ -6,6 +6,7 @@ denoised  the model's prediction of the clean latent
 z         the latent at the network's input scale: x / sqrt(1 + sigma^2) for eps and v models, x for flow models
 features  the tapped maps of the network, a list of (B, C_i, H_i, W_i)
 emb       the timestep embedding, (B, E)
+noise_level  the noise's share of z, (B,) in 0..1: sigma / sqrt(1 + sigma^2) for eps and v models, sigma for flow models
 readout   what a head makes of the features, (B, D, H, W)
 control   what a spatial readout is compared with, (B, D, H, W)
 source    the picture that a drag or an appearance target starts from
@@ -22,7 +23,7 @@ from .errors import TargetError
 HeadKind = Literal["spatial", "appearance", "correspondence", "keypoint", "lgp"]
 HEAD_KINDS: tuple[HeadKind, ...] = get_args(HeadKind)
 
-Mode = Literal["fast", "reference"]
+Mode = Literal["fast", "reference", "norm_ratio"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 

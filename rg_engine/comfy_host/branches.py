@@ -106,6 +106,7 @@ class BranchReader:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         self._model = executor.class_obj
         scale = input_scale(self._model, t, x)
+        noise_level = t.expand(x.shape[0]) * scale.view(-1)
         branches = options.get("cond_or_uncond", [CONDITIONAL])
         if not self._active:
             with FeatureTap(self._model.diffusion_model, self._backbone) as tap:
@@ -115,7 +116,9 @@ class BranchReader:
                 z = x * scale
                 for n, branch in enumerate(branches):
                     rows = slice(n * self._batch, (n + 1) * self._batch)
-                    read = Branch(features=[f[rows] for f in features], emb=emb[rows], z=z[rows])
+                    read = Branch(
+                        features=[f[rows] for f in features], emb=emb[rows], z=z[rows], noise_level=noise_level[rows]
+                    )
                     self.source.setdefault(branch, self._objective.source_step(read, self._recorded))
             return denoised
         network = self._model.diffusion_model
@@ -134,20 +137,21 @@ class BranchReader:
             z = (leaf * scale.clone()).detach()
             for n in range(len(branches)):
                 rows = slice(n * self._batch, (n + 1) * self._batch)
-                self._backward(leaf, features, plain(emb), z, rows, scale.clone(), last=n + 1 == len(branches))
+                read = Branch(
+                    features=[f[rows].detach().float().requires_grad_() for f in features],
+                    emb=plain(emb)[rows], z=z[rows], noise_level=plain(noise_level)[rows],
+                )  # fmt: skip
+                self._backward(leaf, features, read, rows, scale.clone(), last=n + 1 == len(branches))
         return denoised.detach()
 
-    def _backward(
-        self, leaf: Tensor, features: list[Tensor], emb: Tensor, z: Tensor, rows: slice, scale: Tensor, last: bool
-    ) -> None:
+    def _backward(self, leaf: Tensor, features: list[Tensor], read: Branch, rows: slice, scale: Tensor, last: bool) -> None:
         """The gradient in two parts: through the heads, in fp32, then through the network.
 
         In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows.
         """
-        leaves = [f[rows].detach().float().requires_grad_() for f in features]
-        loss, _ = self._objective.loss(Branch(features=leaves, emb=emb[rows], z=z[rows]), self._active, self._source)
-        at_taps = torch.autograd.grad(loss.sum(), leaves, allow_unused=True)
+        loss, _ = self._objective.loss(read, self._active, self._source)
+        at_taps = torch.autograd.grad(loss.sum(), read.features, allow_unused=True)
         pairs = [(f, g) for f, g in zip(features, at_taps, strict=True) if g is not None]
         largest = torch.stack([g.abs().amax() for _, g in pairs]).amax()
         gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)

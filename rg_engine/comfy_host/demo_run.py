@@ -44,6 +44,7 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
     scenes = [scene for start, count in batches for scene in sample_scenes(SCENE_SEED + start, count, figure_only=True)]
     report: dict[str, Any] = {"pictures": pictures, "controls": {}}
     sheets = []
+    targets = scene_pictures(SCENE_SEED, batches[0][1], figure_only=True)
     for control in CONTROLS:
         prompt = read_workflow(REPOSITORY / "example_workflows" / f"{control}.json")
         entry: dict[str, Any] = {"unit": UNITS[control]}
@@ -66,10 +67,9 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
                 flush=True,
             )
         report["controls"][control] = entry
-        layers = dict(zip(("picture", *CONTROLS), scene_pictures(SCENE_SEED, batches[0][1], True)[:4], strict=True))
         sheets.append(
             [
-                ("target", layers[control]),
+                ("target", getattr(targets, control)),
                 *((mode, rows[mode]) for mode in ("unguided", *modes)),
                 ("readout", rows["readout"]),
             ]

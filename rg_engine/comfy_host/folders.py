@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
 
 import folder_paths
+from safetensors import SafetensorError
 
 from ..demo import DEMO_HEADS
 from ..errors import HeadFileError
-from ..heads import ReadoutHead, load_head
+from ..heads import ReadoutHead, load_head, save_head
 from ..types import HeadKind
 
 FOLDER = "readout_heads"
@@ -58,3 +60,37 @@ def head_version(name: str) -> str:
 
 def load_named_head(name: str, kind: HeadKind | None = None) -> ReadoutHead:
     return load_head(find_head(name), kind, name)
+
+
+def save_named_head(head: ReadoutHead, name: str, overwrite: bool = False) -> str:
+    """Save a head into ``models/readout_heads``; returns its name in the list, numbered if that one is taken.
+
+    Raises HeadFileError for a name that is no plain file name, and if the disk does not take it.
+    """
+    stem = _plain_name(name.removesuffix(".safetensors"))
+    folder, number = Path(folder_paths.get_folder_paths(FOLDER)[0]), 2
+    path = folder / f"{stem}.safetensors"
+    while path.exists() and not overwrite:
+        path, number = folder / f"{stem}_{number}.safetensors", number + 1
+    partial = path.with_suffix(".partial")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_head(head, partial)
+        os.replace(partial, path)
+    except (OSError, SafetensorError) as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise HeadFileError(f"head {path.name!r} can't be written ({error}): free some space in models/{FOLDER}") from error
+    return path.name
+
+
+def checkpoint_path(name: str) -> Path:
+    """Where the checkpoint of a training of that name is. Raises HeadFileError for a name that is no plain file name."""
+    return Path(folder_paths.get_output_directory()) / FOLDER / f"{_plain_name(name)}.checkpoint"
+
+
+def _plain_name(name: str) -> str:
+    stem = name.strip()
+    if not re.fullmatch(r"[^\s./\\:*?\"<>|\x00-\x1f][^/\\:*?\"<>|\x00-\x1f]{0,99}", stem) or stem.endswith("."):
+        raise HeadFileError(f"{name!r} is no file name: give letters, digits, spaces, - and _, without folders")
+    return stem

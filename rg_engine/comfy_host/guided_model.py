@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..features import Backbone, check_head_fits, detect_backbone
 from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
 from ..heads import ReadoutHead
-from .guided_step import KEY, ModelCall, Options, Run, fast_step, reference_step, source_step
+from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 from .memory import with_room_for_graph
 from .sampler_steps import SamplerSteps, watched
 
@@ -116,7 +116,7 @@ class ModelGuidance:
         run = self._run
         if run is None:
             return executor(guider, sigmas, extra_args, callback, noise, latent_image, denoise_mask, disable_pbar)
-        with _heads_on(self.targets, noise.device):
+        with heads_on([target.head for target in self.targets], noise.device):
             with torch.inference_mode(False):
                 size = (noise.shape[-2], noise.shape[-1])
                 objective = Objective(self.targets, size, noise.shape[0], noise.device)
@@ -151,7 +151,7 @@ class ModelGuidance:
         planned = run.steps.planned(float(timestep.flatten()[0])) if run is not None and run.steps is not None else None
         if run is None or planned is None:
             return predict(options)
-        step = source_step if run.recording else reference_step if run.settings.mode == "reference" else fast_step
+        step = source_step if run.recording else reference_step if run.settings.mode == "reference" else one_pass_step
         call = ModelCall(guider=executor.class_obj, x=x, timestep=timestep, options=options, predict=predict)
         return step(run, planned, call)
 
@@ -176,9 +176,9 @@ class ModelGuidance:
 
 
 @contextlib.contextmanager
-def _heads_on(targets: tuple[Target, ...], device: torch.device) -> Iterator[None]:
+def heads_on(heads: Sequence[ReadoutHead], device: torch.device) -> Iterator[None]:
     """The heads' weights on the model's device for the time of a run."""
-    networks = {id(target.head): target.head.network for target in targets}.values()
+    networks = {id(head): head.network for head in heads}.values()
     with torch.inference_mode(False):
         homes = [next(network.parameters()).device for network in networks]
         for network in networks:

@@ -15,7 +15,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ..features import Backbone
-from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, rms_step
+from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
 from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
@@ -88,33 +88,45 @@ def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     return denoised
 
 
-def fast_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
-    """One pass of the conditional branch gives both the gradient and the prediction; x moves against the gradient.
+def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
+    """fast and norm_ratio: one pass of the conditional branch gives both the gradient and the prediction.
 
-    The noise that the model saw in x is kept, so every prediction moves with x.
+    x moves against the gradient; the noise that the model saw in x is kept, so the prediction moves with it.
     """
-    x = call.x
+    x, scale = call.x, call.scale
     reader = _guided_reader(run, planned, CONDITIONAL, call)
     prediction = call.run_branch(reader, CONDITIONAL)
     run.losses.append(reader.loss)
-    before, scale = x.clone(), call.scale
-    move = _inside(rms_step(reader.gradient, planned.length) / scale, run.denoise_mask).to(x.dtype)
+    denoised = call.predict(_reusing(prediction, call) if reader.whole else call.options)
+    length: float | Tensor = planned.length
+    if run.settings.mode == "norm_ratio":
+        length = norm_ratio_length(x * scale, _next_z(run, planned, call, denoised), run.settings.strength)
+    move = _inside(rms_step(reader.gradient, length) / scale, run.denoise_mask).to(x.dtype)
     _move(run, x, x + move, scale)
-    if not reader.whole:
-        return call.predict(call.options)
+    return denoised + move
+
+
+def _reusing(prediction: Tensor, call: ModelCall) -> Options:
+    """Options under which the call's positive prompt is not run again: its prediction is there already."""
     positive, used = call.guider.conds["positive"], False
 
-    def calc(calculate: Any, model: Any, conds: list, x_in: Tensor, *args: Any) -> list[Tensor]:
+    def calc(calculate: Any, model: Any, conds: list, x: Tensor, *args: Any) -> list[Tensor]:
         nonlocal used  # other nodes (PAG, for one) run the same prompt again to another end
-        if used or x_in is not x or conds[0] is not positive:
-            return calculate(model, conds, x_in, *args)
+        if used or x is not call.x or conds[0] is not positive:
+            return calculate(model, conds, x, *args)
         used = True
-        others = calculate(model, [None, *conds[1:]], before, *args)
-        return [prediction + move, *(other + move for other in others[1:])]
+        return [prediction, *calculate(model, [None, *conds[1:]], x, *args)[1:]]
 
     options = comfy.model_patcher.create_model_options_clone(call.options)
     add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
-    return call.predict(options)
+    return options
+
+
+def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -> Tensor:
+    """z where a deterministic step of the schedule would take x."""
+    next_sigma = torch.full_like(call.timestep, run.sigmas[planned.step + 1])
+    ratio = (next_sigma / call.timestep).view(-1, 1, 1, 1)
+    return (denoised + (call.x - denoised) * ratio) * input_scale(call.guider.inner_model, next_sigma, call.x)
 
 
 def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:

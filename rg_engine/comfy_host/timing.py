@@ -26,7 +26,7 @@ def time_guidance(control: str, settings: GuidanceSettings, steps: int) -> dict[
     """
     with torch.inference_mode():
         model, clip, _ = load_demo_model()
-        picture = dict(zip(("pose", "depth", "edges"), scene_pictures(0, 1, figure_only=True)[1:4], strict=True))[control]
+        picture = getattr(scene_pictures(0, 1, figure_only=True), control)
         target = Target(head=load_named_head(f"demo_{control}.safetensors"), image=picture)
         inputs = {
             "seed": 0, "steps": steps, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0,

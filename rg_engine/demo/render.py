@@ -135,6 +135,38 @@ def correspondences(
     return np.array(found).reshape(-1, 2, 2)
 
 
+def scene_tracks(
+    a: Scene, b: Scene, parts_a: np.ndarray, parts_b: np.ndarray, count: int, rng: np.random.Generator
+) -> np.ndarray:
+    """Points of two scenes with the same things elsewhere, (n, 2, 2) as :func:`correspondences`, n <= count.
+
+    About half lie on the figure, the rest on solids and on the room, which stays where it is.
+    """
+    size_px = parts_a.shape[0]
+    found: list[np.ndarray] = []
+    if a.figure is not None and b.figure is not None:
+        found += list(correspondences(a.figure, b.figure, parts_a, parts_b, (count + 1) // 2, rng))
+    for _ in range(8 * count):
+        if len(found) >= count:
+            break
+        number = int(rng.integers(-1, len(a.solids)))  # -1 is the room
+        part = 0 if number < 0 else FIGURE_PART + len(BONES) + 1 + number
+        rows, columns = np.nonzero(parts_a == part)
+        if not len(rows):
+            continue
+        k = int(rng.integers(len(rows)))
+        point = (np.array([columns[k], rows[k]]) + 0.5) / size_px
+        other = point
+        if number >= 0:
+            here, there = a.solids[number], b.solids[number]
+            offset = (point - [here.x, here.base_y]) / (here.size * disparity(here.base_y))
+            other = np.array([there.x, there.base_y]) + offset * (there.size * disparity(there.base_y))
+        cell = np.floor(other * size_px).astype(int)
+        if cell.min() >= 0 and cell.max() < size_px and parts_b[cell[1], cell[0]] == part:
+            found.append(np.stack([point, other]))
+    return np.array(found).reshape(-1, 2, 2)
+
+
 class _Canvas:
     """Three pictures of one size that are drawn together: colours, disparity and part numbers."""
 

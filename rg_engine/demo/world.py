@@ -139,6 +139,32 @@ def sample_figure(rng: np.random.Generator, identity: Identity | None = None) ->
             return figure
 
 
+def sample_elsewhere(rng: np.random.Generator, scene: Scene, identity: Identity | None = None) -> Scene:
+    """The same figure (or one of another ``identity``) in another pose, and the same solids, elsewhere before the same
+    wall."""
+    assert scene.figure is not None
+    figure = sample_figure(rng, identity or scene.figure.identity)
+    solids: list[Solid] = []
+    taken = [(figure.x, 0.16)]
+    for solid in scene.solids:
+        for attempt in range(200):
+            base_y, x = float(rng.uniform(0.74, 0.96)), float(rng.uniform(0.12, 0.88))
+            half = solid.size * disparity(base_y)
+            if attempt == 199 or all(abs(x - other) > half + reach for other, reach in taken):
+                break
+        taken.append((x, half))
+        solids.append(dataclasses.replace(solid, x=x, base_y=base_y))
+    return Scene(figure=figure, solids=tuple(solids), wall=scene.wall)
+
+
+def sample_other_identity(rng: np.random.Generator, identity: Identity) -> Identity:
+    """Another one: of another colour, another shirt or both."""
+    while True:
+        other = sample_identity(rng, identity.colour if rng.random() < 0.3 else None)
+        if (other.colour, other.shirt) != (identity.colour, identity.shirt):
+            return other
+
+
 def sample_scene(
     rng: np.random.Generator, identity: Identity | None = None, figure_only: bool = False, wall: str | None = None
 ) -> Scene:

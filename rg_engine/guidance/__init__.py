@@ -3,7 +3,7 @@
 from .objective import Branch, Objective, SourceStep
 from .schedule import GuidanceSettings, Plan, make_plan
 from .targets import Target, chain
-from .updates import ReferenceUpdate, rms_step
+from .updates import ReferenceUpdate, norm_ratio_length, rms_step
 
 __all__ = [
     "Branch",
@@ -15,5 +15,6 @@ __all__ = [
     "Target",
     "chain",
     "make_plan",
+    "norm_ratio_length",
     "rms_step",
 ]

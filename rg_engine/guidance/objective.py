@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..heads import ReadoutHead
-from ..losses import appearance_loss, correspondence_loss, spatial_loss
+from ..losses import appearance_loss, correspondence_loss, sketch_loss, spatial_loss
 from .targets import Target
 
 
@@ -26,12 +26,13 @@ class SourceStep:
 class Branch:
     """What one branch (conditional or unconditional) of one step gave.
 
-    features: tapped maps, emb (B, E); z (B, C, H, W), the network's input latent, without a graph.
+    features: tapped maps; emb (B, E); z (B, C, H, W), the network's input latent, without a graph; noise_level (B,).
     """
 
     features: list[Tensor]
     emb: Tensor
     z: Tensor
+    noise_level: Tensor | None = None  # per-pixel heads need it
 
 
 class Objective:
@@ -85,10 +86,14 @@ class Objective:
     def _one_loss(self, i: int, readout: Tensor, source: SourceStep | None, z_extent: Tensor) -> Tensor:
         spec, mask = self.targets[i].head.spec, self._regions[i]
         match spec.kind:
-            case "spatial":
+            case "spatial" | "keypoint":
                 control = self._controls[i]
                 assert control is not None
                 return spatial_loss(readout, control, control_range=spec.control_range, z_extent=z_extent, mask=mask)
+            case "lgp":
+                control = self._controls[i]
+                assert control is not None
+                return sketch_loss(readout, control, mask=mask)
             case "appearance":
                 assert source is not None
                 return appearance_loss(readout, source.readouts[i].float(), z_extent=z_extent, mask=mask)
@@ -97,8 +102,6 @@ class Objective:
                 starts, ends = self._drags[i]  # type: ignore[misc]
                 reference = source.readouts[i].float()
                 return correspondence_loss(readout, reference, starts=starts, ends=ends, truncate=self._truncate)
-            case kind:
-                raise AssertionError(f"a {kind} target can't be made")
 
     def _read(self, branch: Branch, wanted: Sequence[int]) -> dict[int, Tensor]:
         """Readouts of the targets wanted; targets that share a head share its readout."""
@@ -106,7 +109,7 @@ class Objective:
         for i in wanted:
             head = self.targets[i].head
             if head not in by_head:
-                by_head[head] = head.read(branch.features, branch.emb, self.size)
+                by_head[head] = head.read(branch.features, branch.emb, self.size, branch.noise_level)
         return {i: by_head[self.targets[i].head] for i in wanted}
 
 

@@ -19,9 +19,11 @@ class Target:
     """One target; chained ones are reached through ``previous``.
 
     head: what reads. weight: its share of the loss. start_percent, end_percent: the part of the diffusion time in which
-    it guides. image: the control of a spatial target, (B or 1, H, W, C) in 0..1, any size. mask: (B or 1, H, W) in 0..1,
+    it guides. image: the control of a spatial target, (B or 1, H, W, C) in 0..1, any size. readout: instead of it, what
+    such a head reads in another picture, (B or 1, D, h, w); the control of a keypoint target. mask: (B or 1, H, W) in 0..1,
     where the loss counts. drags: for a correspondence target. reference_latent: (B or 1, C, h, w), for an appearance
-    target. Values outside 0..1 are clamped. Raises TargetError for anything missing or malformed.
+    target; for an lgp target the encoded sketch. Values of pictures outside 0..1 are clamped. Raises TargetError for
+    anything missing or malformed.
     """
 
     head: ReadoutHead
@@ -32,6 +34,7 @@ class Target:
     mask: Tensor | None = None
     drags: tuple[Drag, ...] | None = None
     reference_latent: Tensor | None = None
+    readout: Tensor | None = None
     previous: Target | None = None
 
     def __post_init__(self) -> None:
@@ -47,15 +50,25 @@ class Target:
                 f"start_percent {self.start_percent:g} is not before end_percent {self.end_percent:g}: the target would "
                 "never guide. Lower the one or raise the other"
             )
-        if kind == "spatial" and self.image is None:
+        if kind == "spatial" and self.image is None and self.readout is None:
             raise TargetError(
                 f"head {name!r} is spatial and needs a control picture: connect image (a pose, depth or edge map, as the "
                 "head was trained on)"
             )
         if kind == "correspondence" and not self.drags:
             raise TargetError(f"head {name!r} is a correspondence head and needs drags: connect drag_points with an arrow")
-        if kind in ("keypoint", "lgp"):
-            raise TargetError(f"head {name!r} is a {kind} head, which can be read out but not steer yet")
+        if kind == "keypoint" and self.readout is None:
+            raise TargetError(
+                f"head {name!r} is a keypoint head and needs heat maps, one a joint: connect readout (of Read Out with "
+                f"this head "
+                "on a picture in the pose wanted)"
+            )
+        if kind == "lgp" and self.reference_latent is None and self.readout is None:
+            raise TargetError(
+                f"head {name!r} reads encoded edges and needs an encoded sketch: connect reference_latent (the edge map "
+                f"through "
+                "VAE Encode)"
+            )
         if self.image is not None:
             _check_picture(self.image, "image", 4, name)
             if kind == "spatial" and self.head.output_channels not in (1, self.image.shape[-1]):
@@ -65,8 +78,16 @@ class Target:
                 )
         if self.mask is not None:
             _check_picture(self.mask, "mask", 3, name)
-        if self.reference_latent is not None:
-            _check_picture(self.reference_latent, "reference_latent", 4, name)
+        for what, maps in (("reference_latent", self.reference_latent), ("readout", self.readout)):
+            if maps is None:
+                continue
+            _check_picture(maps, what, 4, name)
+            if (what == "readout" or kind == "lgp") and self.head.output_channels not in (0, maps.shape[1]):
+                raise TargetError(
+                    f"head {name!r} reads {self.head.output_channels} channels but {what} has {maps.shape[1]}: give what "
+                    f"this "
+                    "head reads"
+                )
 
     @property
     def needs_source(self) -> bool:
@@ -81,7 +102,7 @@ class Target:
 
     def check_batch(self, batch: int) -> None:
         """Raises TargetError unless every picture given is one or one for each of ``batch`` latents."""
-        for what, tensor in (("image", self.image), ("mask", self.mask), ("reference_latent", self.reference_latent)):
+        for what, tensor in _batched(self):
             if tensor is not None and tensor.shape[0] not in (1, batch):
                 raise TargetError(
                     f"{what} of the target with head {self.head.name!r} is a batch of {tensor.shape[0]} but {batch} "
@@ -89,9 +110,15 @@ class Target:
                 )
 
     def control(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor | None:
-        """The control (B, D, H, W) in the head's control_range at latent size, None if it has no image."""
-        if self.image is None or self.head.spec.kind != "spatial":
+        """What a spatial, keypoint or lgp readout should be, (B, D, H, W) in the head's own range at latent size, else
+        None."""
+        kind = self.head.spec.kind
+        if kind not in ("spatial", "keypoint", "lgp"):
             return None
+        given = self.reference_latent if kind == "lgp" and self.readout is None else self.readout
+        if given is not None:
+            return fit(given.clone().to(device, torch.float32), size).expand(batch, -1, -1, -1)
+        assert self.image is not None
         picture = self.image.clone().to(device, torch.float32).movedim(-1, 1)  # (B, C, H, W)
         picture = fit(picture.clamp(0, 1), size)
         if self.head.output_channels == 1:
@@ -131,6 +158,10 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
     if picture.shape[-2] >= size[0] and picture.shape[-1] >= size[1]:
         return F.interpolate(picture, size, mode="area")
     return F.interpolate(picture, size, mode="bilinear")
+
+
+def _batched(target: Target) -> tuple[tuple[str, Tensor | None], ...]:
+    return tuple((name, getattr(target, name)) for name in ("image", "mask", "reference_latent", "readout"))
 
 
 def _check_picture(tensor: Tensor, what: str, dims: int, head: str) -> None:

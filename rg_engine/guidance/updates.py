@@ -9,8 +9,8 @@ from torch import Tensor
 PAPER_LEARNING_RATE = 0.02
 
 
-def rms_step(gradient: Tensor, length: float) -> Tensor:
-    """Fast mode: the move (B, C, H, W) against the gradient, of RMS ``length`` in every picture.
+def rms_step(gradient: Tensor, length: float | Tensor) -> Tensor:
+    """The move (B, C, H, W) against the gradient, of RMS ``length`` in every picture (fast and norm_ratio mode).
 
     A picture whose gradient is zero or not finite does not move.
     """
@@ -18,6 +18,19 @@ def rms_step(gradient: Tensor, length: float) -> Tensor:
     rms = gradient.flatten(1).square().mean(1).sqrt()[:, None, None, None]
     usable = torch.isfinite(rms) & (rms > 0)
     return torch.where(usable, -length * gradient / torch.where(usable, rms, 1.0), 0.0)
+
+
+#: Sketch-Guided Diffusion's beta (sec. 4).
+PAPER_BETA = 1.6
+
+
+def norm_ratio_length(z: Tensor, next_z: Tensor, strength: float) -> Tensor:
+    """norm_ratio mode: the RMS length (B, 1, 1, 1) of a move, a share of the sampler's own step.
+
+    Sketch-Guided Diffusion (arXiv 2211.13752), eq. 5-6: z moves by -alpha * gradient with alpha = |z_t - z_{t-1}| /
+    |gradient| * beta, so its length is beta * |z_t - z_{t-1}|. strength 1 is the paper's beta, 1.6.
+    """
+    return PAPER_BETA * strength * (z - next_z).float().flatten(1).square().mean(1).sqrt()[:, None, None, None]
 
 
 class ReferenceUpdate:

@@ -2,7 +2,18 @@
 
 from .aggregation import AggregationNetwork
 from .authors import to_authors_layout
-from .files import load_head, save_head
+from .files import convert_authors, convert_to_authors, load_head, save_head
 from .head import HeadSpec, ReadoutHead
+from .pixel import PixelNetwork
 
-__all__ = ["AggregationNetwork", "HeadSpec", "ReadoutHead", "load_head", "save_head", "to_authors_layout"]
+__all__ = [
+    "AggregationNetwork",
+    "HeadSpec",
+    "PixelNetwork",
+    "ReadoutHead",
+    "convert_authors",
+    "convert_to_authors",
+    "load_head",
+    "save_head",
+    "to_authors_layout",
+]

@@ -49,13 +49,13 @@ class Bottleneck(nn.Module):
         The paper resizes the features first. A 1x1 convolution without bias commutes with a bilinear resize, whose
         weights sum to 1, so both convolutions that see the features run at their own, smaller size.
         """
-        out = F.relu(self.conv1.norm(_resize(self.conv1.convolve(features), size)))  # (B, hidden, H, W)
+        out = F.relu(self.conv1.norm(resize(self.conv1.convolve(features), size)))  # (B, hidden, H, W)
         if emb is not None and self.emb_layers is not None:
             out = out + F.relu(self.emb_layers(emb))[:, :, None, None]
         out = self.conv3(F.relu(self.conv2(out)))  # (B, D, H, W)
         if self.shortcut is None:
-            return F.relu(out + _resize(features, size))
-        return F.relu(out + self.shortcut.norm(_resize(self.shortcut.convolve(features), size)))
+            return F.relu(out + resize(features, size))
+        return F.relu(out + self.shortcut.norm(resize(self.shortcut.convolve(features), size)))
 
 
 class AggregationNetwork(nn.Module):
@@ -119,5 +119,5 @@ def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")

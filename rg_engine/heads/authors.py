@@ -12,11 +12,16 @@ from torch import Tensor
 
 from ..errors import HeadFileError
 from .head import ReadoutHead
+from .pixel import PixelNetwork
 
 
 def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
     """The dictionary that the authors' code saves with ``torch.save`` (keys ``bottleneck_layers.i.``)."""
     spec = head.spec
+    if isinstance(head.network, PixelNetwork):
+        raise HeadFileError(
+            f"head {head.name!r} is a per-pixel head, which the authors' layout has no place for: save .safetensors"
+        )
     sequential = not spec.use_emb and spec.kind != "correspondence"  # how the authors' files say: run without emb
     state = head.network.state_dict()
     if sequential:
@@ -38,6 +43,27 @@ def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
         },
         "aggregation_network": dict(state),
     }
+
+
+def tagged(value: Any) -> Any:
+    """A config as JSON can hold it, tuples told from lists. Raises HeadFileError for anything that it can't."""
+    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
+        return {key: tagged(item) for key, item in value.items()}
+    if isinstance(value, tuple):
+        return {"tuple": [tagged(item) for item in value]}
+    if isinstance(value, list):
+        return [tagged(item) for item in value]
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    raise HeadFileError(f"the config holds {value!r:.60}, which can't be kept in a .safetensors file")
+
+
+def untagged(value: Any) -> Any:
+    if isinstance(value, dict):
+        return (
+            tuple(map(untagged, value["tuple"])) if list(value) == ["tuple"] else {k: untagged(v) for k, v in value.items()}
+        )
+    return [untagged(item) for item in value] if isinstance(value, list) else value
 
 
 def read_authors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:

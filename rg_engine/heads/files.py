@@ -21,11 +21,13 @@ from torch import Tensor
 from ..errors import HeadFileError
 from ..types import HeadKind
 from .aggregation import NORM_GROUPS, Activation, AggregationNetwork
-from .authors import read_authors
-from .head import HeadSpec, ReadoutHead
+from .authors import read_authors, tagged, to_authors_layout, untagged
+from .head import HeadSpec, Network, ReadoutHead
+from .pixel import PixelNetwork
 
 FORMAT_VERSION = "1"
 METADATA_KEY = "readout_head"
+AUTHORS_KEY = "authors"
 
 
 @torch.inference_mode(False)  # ComfyUI runs nodes in inference mode; these weights are differentiated through
@@ -54,52 +56,51 @@ def load_head(path: str | Path, kind: HeadKind | None = None, name: str | None =
 
 def save_head(head: ReadoutHead, path: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a head as ``.safetensors`` with its spec as metadata; ``dtype`` stores it smaller."""
-    described = {"format_version": FORMAT_VERSION, **dataclasses.asdict(head.spec)}
-    state = {
-        key: value.detach().to("cpu", dtype or value.dtype).contiguous() for key, value in head.network.state_dict().items()
-    }
-    save_file(state, str(path), metadata={METADATA_KEY: json.dumps(described, sort_keys=True)})
+    _save(head.network.state_dict(), head.spec, path, dtype)
 
 
-def build_network(
-    tensors: Mapping[str, Tensor], activation: Activation, name: str
-) -> tuple[AggregationNetwork, tuple[int, ...]]:
+def convert_authors(source: str | Path, target: str | Path, kind: HeadKind | None = None) -> None:
+    """An authors' ``.pt`` as ``.safetensors``: the same tensors, its config and step as metadata (their optimiser is left
+    out)."""
+    head = load_head(source, kind)
+    raw = torch.load(source, map_location="cpu", weights_only=True)
+    authors = json.dumps({"config": tagged(raw.get("config")), "step": raw.get("step")})
+    _save(raw["aggregation_network"], head.spec, target, None, {AUTHORS_KEY: authors})
+
+
+def convert_to_authors(source: str | Path, target: str | Path, kind: HeadKind | None = None) -> None:
+    """A ``.safetensors`` head as an authors' ``.pt``: the very one that it came from, or a description of ours."""
+    head = load_head(source, kind)
+    layout = to_authors_layout(head)
+    with safe_open(source, framework="pt") as file:
+        authors = (file.metadata() or {}).get(AUTHORS_KEY)
+        if authors is not None:
+            kept = json.loads(authors)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            layout = {"step": kept["step"], "config": untagged(kept["config"]), "aggregation_network": tensors}
+    torch.save(layout, target)
+
+
+def _save(
+    tensors: Mapping[str, Tensor],
+    spec: HeadSpec,
+    path: str | Path,
+    dtype: torch.dtype | None,
+    more: dict[str, str] | None = None,
+) -> None:
+    described = {"format_version": FORMAT_VERSION, **dataclasses.asdict(spec)}
+    state = {key: value.detach().to("cpu", dtype or value.dtype, copy=True).contiguous() for key, value in tensors.items()}
+    save_file(state, str(path), metadata={METADATA_KEY: json.dumps(described, sort_keys=True), **(more or {})})
+
+
+def build_network(tensors: Mapping[str, Tensor], activation: Activation, name: str) -> tuple[Network, tuple[int, ...]]:
     """A network of the sizes that the tensors have, holding them; strict about every key.
 
     Both key layouts are taken: ``bottleneck_layers.i.conv1.weight`` and ``bottleneck_layers.i.0.conv1.weight``.
     """
     state = {re.sub(r"^(bottleneck_layers\.\d+)\.0\.", r"\1.", key): value.float() for key, value in tensors.items()}
     state.pop("logit_scale", None)  # a training constant in some files
-    count = len({key.split(".")[1] for key in state if key.startswith("bottleneck_layers.")})
-    if not count or "mixing_weights" not in state:
-        some = ", ".join(sorted(state)[:4]) or "nothing"
-        raise HeadFileError(
-            f"{name!r} is not a readout head: it holds {some}, ... but no bottleneck_layers and mixing_weights"
-        )
-    if state["mixing_weights"].numel() != count:
-        raise HeadFileError(
-            f"{name!r} mixes {state['mixing_weights'].numel()} maps but has {count} layers: heads over several timesteps "
-            "can't steer one step"
-        )
-
-    def sizes(key: str, dims: int, groups: int = 1) -> torch.Size:
-        shape = state[key].shape if key in state else None
-        if shape is None or len(shape) != dims or 0 in shape or shape[0] % groups:
-            found = "missing" if shape is None else f"misshapen {tuple(shape)}"
-            raise HeadFileError(f"{name!r} is not a complete readout head: {key} is {found}")
-        return shape
-
-    layers = [f"bottleneck_layers.{i}" for i in range(count)]
-    channels = tuple(sizes(f"{layer}.conv1.weight", 4)[1] for layer in layers)
-    has_emb, has_output = (any(part in key for key in state) for part in (".emb_layers.", "output_head."))
-    network = AggregationNetwork(
-        channels,
-        projection_channels=sizes(f"{layers[0]}.conv3.weight", 4, NORM_GROUPS)[0],
-        hidden=sizes(f"{layers[0]}.conv1.weight", 4, NORM_GROUPS)[0],
-        emb_width=sizes(f"{layers[0]}.emb_layers.weight", 2)[1] if has_emb else 0,
-        output_channels=sizes("output_head.4.weight", 4)[0] if has_output else 0,
-        activation=activation,
-    )
+    network = _pixel(state, name) if "noise_layer.weight" in state else _aggregation(state, activation, name)
     expected = network.state_dict()
     missing = sorted(set(expected) - set(state))
     unexpected = sorted(set(state) - set(expected))
@@ -112,7 +113,53 @@ def build_network(
         ]
         raise HeadFileError(f"{name!r} is not a complete readout head: {'; '.join(listed)}")
     network.load_state_dict(state)
-    return network.eval().requires_grad_(False), channels
+    return network.eval().requires_grad_(False), network.feature_channels
+
+
+def _aggregation(state: Mapping[str, Tensor], activation: Activation, name: str) -> AggregationNetwork:
+    count = len({key.split(".")[1] for key in state if key.startswith("bottleneck_layers.")})
+    if not count or "mixing_weights" not in state:
+        some = ", ".join(sorted(state)[:4]) or "nothing"
+        raise HeadFileError(
+            f"{name!r} is not a readout head: it holds {some}, ... but no bottleneck_layers and mixing_weights"
+        )
+    if state["mixing_weights"].numel() != count:
+        raise HeadFileError(
+            f"{name!r} mixes {state['mixing_weights'].numel()} maps but has {count} layers: heads over several timesteps "
+            "can't steer one step"
+        )
+    layers = [f"bottleneck_layers.{i}" for i in range(count)]
+    has_emb, has_output = (any(part in key for key in state) for part in (".emb_layers.", "output_head."))
+    return AggregationNetwork(
+        tuple(_shape(state, f"{layer}.conv1.weight", 4, name)[1] for layer in layers),
+        projection_channels=_shape(state, f"{layers[0]}.conv3.weight", 4, name, NORM_GROUPS)[0],
+        hidden=_shape(state, f"{layers[0]}.conv1.weight", 4, name, NORM_GROUPS)[0],
+        emb_width=_shape(state, f"{layers[0]}.emb_layers.weight", 2, name)[1] if has_emb else 0,
+        output_channels=_shape(state, "output_head.4.weight", 4, name)[0] if has_output else 0,
+        activation=activation,
+    )
+
+
+def _pixel(state: Mapping[str, Tensor], name: str) -> PixelNetwork:
+    maps, layers = (
+        sum(key.startswith(f"{part}.") and key.endswith("weight") for key in state) for part in ("map_layers", "layers")
+    )
+    if not maps or not layers:
+        raise HeadFileError(f"{name!r} is not a complete readout head: missing map_layers or layers")
+    shapes = [_shape(state, f"layers.{i}.weight", 2, name) for i in range(layers)]
+    return PixelNetwork(
+        tuple(_shape(state, f"map_layers.{i}.weight", 4, name)[1] for i in range(maps)),
+        output_channels=shapes[-1][0],
+        widths=tuple(shape[1] for shape in shapes),
+    )
+
+
+def _shape(state: Mapping[str, Tensor], key: str, dims: int, name: str, groups: int = 1) -> torch.Size:
+    shape = state[key].shape if key in state else None
+    if shape is None or len(shape) != dims or 0 in shape or shape[0] % groups:
+        found = "missing" if shape is None else f"misshapen {tuple(shape)}"
+        raise HeadFileError(f"{name!r} is not a complete readout head: {key} is {found}")
+    return shape
 
 
 def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -142,7 +189,9 @@ def _read_safetensors(path: Path, name: str) -> tuple[dict[str, Tensor], dict[st
     return tensors, described
 
 
-def _guess_kind(network: AggregationNetwork, name: str) -> HeadKind:
+def _guess_kind(network: Network, name: str) -> HeadKind:
+    if isinstance(network, PixelNetwork):
+        return "lgp"
     if network.output_channels:
         return "keypoint" if network.output_channels == 18 else "spatial"
     lowered = name.lower()
@@ -154,7 +203,11 @@ def _guess_kind(network: AggregationNetwork, name: str) -> HeadKind:
     )
 
 
-def _check_kind(network: AggregationNetwork, kind: HeadKind, name: str) -> None:
+def _check_kind(network: Network, kind: HeadKind, name: str) -> None:
+    if isinstance(network, PixelNetwork):
+        if kind != "lgp":
+            raise HeadFileError(f"{name!r} can't be read as {kind}: it is a per-pixel network. Choose lgp or auto as kind")
+        return
     has_output = network.output_channels > 0
     if kind in ("spatial", "keypoint") and not has_output:
         raise HeadFileError(

@@ -8,10 +8,12 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from ..errors import HeadFileError
+from ..errors import HeadFileError, TargetError
 from ..types import HEAD_KINDS, HeadKind
 from .aggregation import Activation, AggregationNetwork
+from .pixel import PixelNetwork
 
+Network = AggregationNetwork | PixelNetwork
 TimestepConvention = Literal["t", "reversed"]
 
 
@@ -53,7 +55,7 @@ class HeadSpec:
 class ReadoutHead:
     """A head ready to run: its network (fp32, frozen, in eval mode), its spec, and where it came from."""
 
-    network: AggregationNetwork
+    network: Network
     spec: HeadSpec
     name: str
 
@@ -66,6 +68,15 @@ class ReadoutHead:
         """Width of the timestep embedding that it takes, None if it takes none."""
         return self.network.emb_width if self.network.emb_width and self.spec.use_emb else None
 
-    def read(self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """The readout (B, D, H, W) of features at latent size; the embedding is dropped where the head takes none."""
+    def read(
+        self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int], noise_level: Tensor | None = None
+    ) -> Tensor:
+        """The readout (B, D, H, W) of features at latent size.
+
+        A per-pixel head (lgp) takes noise_level (B,), the others emb, unless they were trained without.
+        """
+        if isinstance(self.network, PixelNetwork):
+            if noise_level is None:
+                raise TargetError(f"head {self.name!r} reads the noise level: pass noise_level, (B,) in 0..1")
+            return self.network(features, noise_level, size)
         return self.network(features, emb if self.spec.use_emb else None, size)

@@ -2,6 +2,7 @@
 
 from .appearance import appearance_loss
 from .correspondence import correspondence_loss
+from .sketch import sketch_loss
 from .spatial import spatial_loss
 
-__all__ = ["appearance_loss", "correspondence_loss", "spatial_loss"]
+__all__ = ["appearance_loss", "correspondence_loss", "sketch_loss", "spatial_loss"]

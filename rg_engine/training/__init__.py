@@ -1,6 +1,21 @@
 """Trains readout heads on a frozen model: features without a graph, only the head learns."""
 
-from .loop import HeadTraining, train_heads
-from .losses import balanced_mse
+from .draws import Draw, Reading
+from .examples import Examples, in_a_row
+from .lessons import Lesson, lesson_of
+from .loop import HeadTraining, Progress
+from .new_head import new_head
+from .settings import TrainingSettings
 
-__all__ = ["HeadTraining", "balanced_mse", "train_heads"]
+__all__ = [
+    "Draw",
+    "Examples",
+    "HeadTraining",
+    "Lesson",
+    "Progress",
+    "Reading",
+    "TrainingSettings",
+    "in_a_row",
+    "lesson_of",
+    "new_head",
+]

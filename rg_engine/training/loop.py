@@ -1,122 +1,223 @@
-"""The training loop of heads. Several heads can learn from the same features at once."""
+"""The training loop of a head: features come without a graph, only the head learns."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
-import json
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..errors import ReadoutGuidanceError
-from ..heads import AggregationNetwork, HeadSpec, ReadoutHead
+from ..errors import TrainingError
+from ..heads import ReadoutHead
+from ..heads.head import Network
+from .checkpoint import load_checkpoint, save_checkpoint
+from .distributed import Ranks
+from .draws import Draw, KeptFeatures, Read, Reading, draw_step, draw_validation
+from .examples import Examples
+from .lessons import Lesson
+from .settings import TrainingSettings
 
-#: features (list of (B, C_i, h_i, w_i)), emb (B, E), and whatever the losses compare with
-Batch = tuple[list[Tensor], Tensor, Any]
+WARM_UP = 50
+CHECKPOINT_EVERY_S = 60.0
 
 
-@dataclasses.dataclass(kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Progress:
+    """A step's news. validation: the loss of the average on the examples kept back, at steps that validate.
+
+    shown: then a few readouts (n, D, h, w) and their truth, at the same times.
+    """
+
+    step: int
+    steps: int
+    loss: float
+    validation: float | None = None
+    shown: tuple[Tensor, Tensor | None] | None = None
+
+
 class HeadTraining:
-    """One head in training: ``loss(readout, truth)`` is what it minimises."""
-
-    spec: HeadSpec
-    network: AggregationNetwork
-    loss: Callable[[Tensor, Any], Tensor]
-    name: str
-
-
-def train_heads(
-    trainings: Sequence[HeadTraining],
-    batch: Callable[[int], Batch],
-    *,
-    size: tuple[int, int],
-    steps: int,
-    learning_rate: float = 1e-3,
-    checkpoint: Path | None = None,
-    ema: float = 0.99,
-    report: Callable[[int, list[float]], None] | None = None,
-    checkpoint_every_s: float = 60.0,
-) -> list[ReadoutHead]:
-    """Train heads with AdamW (cosine decay after a short warm-up); returns their moving averages.
+    """One head in training; :meth:`run` trains it, :meth:`best` gives what it has become so far.
 
     Args:
-        batch: gives the batch of a step; the same for the same step, so that a resumed training repeats nothing.
-        size: latent cells (H, W) of the readouts.
-        checkpoint: resumes from it if it is there.
-        report: called with the step and each head's loss.
-    Raises: ReadoutGuidanceError if a loss is not finite; the last checkpoint stays.
+        head: with fresh weights; its network learns.
+        read: gives the frozen model's features of a draw. device: where the head learns.
+        checkpoint: goes on from it if it is there, with the same result as without the break, and writes it.
     """
-    averages = [AveragedModel(t.network, multi_avg_fn=get_ema_multi_avg_fn(ema)) for t in trainings]
-    optimisers = [torch.optim.AdamW(t.network.parameters(), lr=learning_rate, weight_decay=0.0) for t in trainings]
-    parts = [module for group in ([t.network for t in trainings], averages, optimisers) for module in group]
-    start = _resume(checkpoint, parts)
-    for training in trainings:
-        training.network.train().requires_grad_(True)
-    saved = time.monotonic()
-    for step in range(start, steps):
-        rate = learning_rate * min(1.0, (step + 1) / 50) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        features, emb, truth = batch(step)
+
+    def __init__(
+        self, head: ReadoutHead, lesson: Lesson, examples: Examples, read: Read, settings: TrainingSettings, *,
+        device: torch.device | str = "cpu", checkpoint: Path | None = None, ranks: Ranks | None = None,
+    ) -> None:  # fmt: skip
+        self._head, self._lesson, self._settings, self._ranks = head, lesson, settings, ranks or Ranks()
+        self._ranks.share(settings.batch // settings.accumulate)
+        share = settings.validation_share if settings.validate_every else 0.0
+        self._learned, self._kept_back = examples.split(share)
+        self._read = KeptFeatures(read) if settings.noise_draws else read
+        self._checkpoint = checkpoint
+        self._device = torch.device(device)
+        network = head.network.to(self._device).train().requires_grad_(True)
+        self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
+        self._optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        self._scaler = torch.amp.GradScaler(enabled=settings.precision == "fp16")
+        self._losses = _Losses(head, lesson)
+        self._best: dict[str, Tensor] | None = None
+        self._best_loss, self._without_better = math.inf, 0
+        self._step = 0
+        self.history: list[tuple[int, float, float | None]] = []  # step, loss, validation
+
+    def run(self, report: Callable[[Progress], None] | None = None) -> ReadoutHead:
+        """Train to the end, or until ``patience`` is spent. Raises TrainingError if a loss is not finite or the disk full.
+
+        What ``report`` raises ends it too; the checkpoint and :meth:`best` stay as they were at the last step.
+        """
+        settings = self._settings
+        self._resume()
+        model = self._ranks.wrapped(self._losses)
+        saved = time.monotonic()
+        while self._step < settings.steps and not (settings.patience and self._without_better >= settings.patience):
+            loss = self._learn(model, draw_step(self._learned, settings, self._step))
+            self._step += 1
+            validation, shown = None, None
+            if self._kept_back is not None and (self._step % settings.validate_every == 0 or self._step == settings.steps):
+                validation, shown = self._validate(draw_validation(self._kept_back, settings))
+            self.history.append((self._step, loss, validation))
+            last = self._step == settings.steps
+            if last or time.monotonic() - saved > CHECKPOINT_EVERY_S:
+                self._save()
+                saved = time.monotonic()
+            if report is not None:
+                report(Progress(step=self._step, steps=settings.steps, loss=loss, validation=validation, shown=shown))
+        return self.best()
+
+    def best(self) -> ReadoutHead:
+        """The average of the weights: at the best validation, or as it is now; frozen and on the CPU."""
+        network = cast(Network, copy.deepcopy(self._average.module).cpu())
+        if self._best is not None:
+            network.load_state_dict(self._best)
+        settings = {key: value for key, value in dataclasses.asdict(self._settings).items() if key != "timestep_convention"}
+        training = {**self._head.spec.training, **settings, "steps": self._step, "examples": len(self._learned)}
+        spec = dataclasses.replace(
+            self._head.spec, training=training, timestep_convention=self._settings.timestep_convention
+        )
+        return ReadoutHead(network=network.eval().requires_grad_(False), spec=spec, name=self._head.name)
+
+    def _learn(self, model: nn.Module, draw: Draw) -> float:
+        """One optimiser step; returns the loss of the whole batch."""
+        settings, optimiser = self._settings, self._optimiser
+        rate = min(1.0, (self._step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * self._step / settings.steps))
+        for group in optimiser.param_groups:
+            group["lr"] = settings.learning_rate * rate
+        optimiser.zero_grad(set_to_none=True)
+        micro = settings.batch // settings.accumulate
         losses = []
-        for training, optimiser, average in zip(trainings, optimisers, averages, strict=True):
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            readout = training.network(features, emb if training.spec.use_emb else None, size)
-            loss = training.loss(readout, truth)
-            if not torch.isfinite(loss):
-                raise ReadoutGuidanceError(
-                    f"the loss of {training.name!r} is {loss.item()} at step {step}: "
-                    "lower the learning rate or check the data"
-                )
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
-            average.update_parameters(training.network)
-            losses.append(loss.item())
-        if report is not None:
-            report(step, losses)
-        if checkpoint is not None and (time.monotonic() - saved > checkpoint_every_s or step == steps - 1):
-            _save(checkpoint, parts, step + 1)
-            saved = time.monotonic()
-    done = []
-    for training, average in zip(trainings, averages, strict=True):
-        network = cast(AggregationNetwork, average.module.eval().requires_grad_(False))
-        spec = dataclasses.replace(training.spec, training={**training.spec.training, "steps": steps})
-        done.append(ReadoutHead(network=network, spec=spec, name=training.name))
-    return done
+        for k in range(settings.accumulate):
+            rows = [k * micro + row for row in self._ranks.share(micro)]
+            mine = draw.rows(rows)
+            reading = self._read(mine).on(self._device)
+            last = k + 1 == settings.accumulate
+            with contextlib.nullcontext() if last or self._ranks.world == 1 else model.no_sync():  # type: ignore[operator]
+                with _autocast(settings.precision, self._device):
+                    loss = model(reading, mine.truth, self._learned.cells).mean()
+                self._scaler.scale(loss / settings.accumulate).backward()
+            losses.append(loss.detach())
+        loss = self._ranks.mean(torch.stack(losses).mean())
+        if not torch.isfinite(loss):
+            raise TrainingError(
+                f"the loss of {self._head.name!r} is {loss.item()} at step {self._step}: lower the learning rate, or "
+                f"look at the data{'. The last checkpoint is as it was' if self._checkpoint is not None else ''}"
+            )
+        self._scaler.step(optimiser)
+        self._scaler.update()
+        self._average.update_parameters(self._head.network)
+        return loss.item()
+
+    @torch.no_grad()
+    def _validate(self, draw: Draw) -> tuple[float, tuple[Tensor, Tensor | None]]:
+        """The average's loss on the examples kept back; keeps the average if it is the best so far."""
+        network = cast(Network, self._average.module.eval())
+        average = dataclasses.replace(self._head, network=network)
+        losses, shown = [], None
+        for first in range(0, len(draw.latents), self._settings.batch):
+            part = draw.rows(range(first, min(first + self._settings.batch, len(draw.latents))))
+            readouts = _read_head(average, self._read(part).on(self._device), part.latents.shape[1], self._learned.cells)
+            losses.append(self._lesson.loss(readouts, _on(part.truth, readouts)))
+            shown = shown or (readouts[:4, 0].cpu(), None if part.truth is None else part.truth[:4])
+        network.train()
+        loss = torch.cat(losses).mean().item()
+        self._without_better += 1
+        if loss < self._best_loss:
+            self._best_loss, self._without_better = loss, 0
+            self._best = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+        assert shown is not None
+        return loss, shown
+
+    def _named(self) -> dict[str, Any]:
+        """What a checkpoint must agree in."""
+        facts = {
+            "kind": self._head.spec.kind,
+            "examples": len(self._learned),
+            "maps": list(self._head.spec.feature_channels),
+        }
+        return {**facts, **dataclasses.asdict(self._settings)}
+
+    def _save(self) -> None:
+        if self._checkpoint is None or not self._ranks.first:
+            return
+        state = {
+            "network": self._head.network,
+            "average": self._average,
+            "optimiser": self._optimiser,
+            "scaler": self._scaler,
+        }
+        plain = {
+            "step": self._step, "best": self._best, "best_loss": self._best_loss, "without_better": self._without_better,
+            "history": self.history, "settings": self._named(),
+        }  # fmt: skip
+        save_checkpoint(self._checkpoint, {**{key: part.state_dict() for key, part in state.items()}, **plain})
+
+    def _resume(self) -> None:
+        state = None if self._checkpoint is None else load_checkpoint(self._checkpoint, self._named())
+        if state is None:
+            return
+        self._head.network.load_state_dict(state["network"])
+        self._average.load_state_dict(state["average"])
+        self._optimiser.load_state_dict(state["optimiser"])
+        self._scaler.load_state_dict(state["scaler"])
+        self._step, self._best, self._best_loss = state["step"], state["best"], state["best_loss"]
+        self._without_better, self.history = state["without_better"], [tuple(point) for point in state["history"]]
 
 
-def log_losses(path: Path, every: int = 50) -> Callable[[int, list[float]], None]:
-    """A report that appends a JSON line every so many steps."""
-    recent: list[list[float]] = []
+class _Losses(nn.Module):
+    """Head and loss as one module, so that several processes can train it: a reading and its truth to (N,)."""
 
-    def report(step: int, losses: list[float]) -> None:
-        recent.append(losses)
-        if (step + 1) % every == 0:
-            means = [round(sum(column) / len(recent), 5) for column in zip(*recent, strict=True)]
-            recent.clear()
-            with open(path, "a", encoding="utf-8") as log:
-                log.write(json.dumps({"step": step + 1, "loss": means}) + "\n")
+    def __init__(self, head: ReadoutHead, lesson: Lesson) -> None:
+        super().__init__()
+        self.network = head.network
+        self._head, self._lesson = head, lesson
 
-    return report
+    def forward(self, reading: Reading, truth: Tensor | None, cells: tuple[int, int]) -> Tensor:
+        readouts = _read_head(self._head, reading, self._lesson.pictures, cells)
+        return self._lesson.loss(readouts, _on(truth, readouts))
 
 
-def _resume(checkpoint: Path | None, parts: Sequence[Any]) -> int:
-    if checkpoint is None or not checkpoint.exists():
-        return 0
-    state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    for part, value in zip(parts, state["parts"], strict=True):
-        part.load_state_dict(value)
-    return int(state["step"])
+def _read_head(head: ReadoutHead, reading: Reading, pictures: int, cells: tuple[int, int]) -> Tensor:
+    """Readouts (N, K, D, h, w)."""
+    return head.read(reading.features, reading.emb, cells, reading.noise_level).unflatten(0, (-1, pictures))
 
 
-def _save(checkpoint: Path, parts: Sequence[Any], step: int) -> None:
-    partial = checkpoint.with_suffix(".partial")
-    torch.save({"parts": [part.state_dict() for part in parts], "step": step}, partial)
-    os.replace(partial, checkpoint)
+def _on(truth: Tensor | None, like: Tensor) -> Any:
+    return None if truth is None else truth.to(like.device)
+
+
+def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    if precision == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

@@ -1,0 +1,119 @@
+"""Trains the heads of the demo model on scenes of the demo world: ``python -m rg_engine train-demo heads``."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..demo import DEMO_HEADS
+from ..demo.scene_pictures import Sequence, scene_pictures
+from ..demo.world import Scene
+from ..heads import ReadoutHead, save_head
+from ..training import Examples, TrainingSettings, in_a_row
+from ..types import HeadKind
+from .demo_model import load_demo_model
+from .train_head import train_head
+from .train_node import graph_examples
+
+CHUNK = 100  # scenes drawn and encoded at once
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A demo head: its kind, the layer of :class:`ScenePictures` that it learns, and the empty value of sparse ones."""
+
+    name: str
+    kind: HeadKind
+    layer: str
+    background: float | None = None
+    sequence: Sequence = "scenes"
+    batch: int = 12
+
+
+RECIPES = (
+    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5),
+    Recipe(name="demo_depth", kind="spatial", layer="depth"),
+    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5),
+    Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0),
+    Recipe(name="demo_sketch", kind="lgp", layer="edges"),
+    Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=8),
+    Recipe(name="demo_appearance", kind="appearance", layer="", sequence="triplets", batch=6),
+)
+WIDTH = 64
+TRAINING_SEED = 31  # of the scenes; evaluations take others
+
+
+def demo_recipe(name: str) -> Recipe:
+    return next(recipe for recipe in RECIPES if recipe.name == name)
+
+
+def train_demo_heads(work: Path, steps: int, examples: int, names: list[str] | None = None) -> None:
+    """Train every demo head (or ``names``); each goes on from its checkpoint in ``work``."""
+    with torch.inference_mode():
+        model, clip, vae = load_demo_model()
+    DEMO_HEADS.mkdir(parents=True, exist_ok=True)
+    for recipe in RECIPES:
+        if names and recipe.name not in names:
+            continue
+        settings = TrainingSettings(
+            steps=steps, batch=recipe.batch, shift=0.125, validation_share=0.02, validate_every=250, ema=0.995
+        )
+        data, scenes = demo_examples(recipe, examples, vae, TRAINING_SEED)
+        head = train_demo_head(model, clip, recipe, data, scenes, settings, checkpoint=work / f"{recipe.name}.checkpoint")
+        save_head(head, DEMO_HEADS / f"{recipe.name}.safetensors", dtype=torch.float16)
+
+
+def train_demo_head(
+    model: Any, clip: Any, recipe: Recipe, data: Examples, scenes: list[Scene], settings: TrainingSettings, **more: Any
+) -> ReadoutHead:
+    """One head on demo examples; every other picture has its caption as its prompt, the others none."""
+
+    def report(progress: Any) -> None:
+        if progress.validation is not None:
+            print(
+                f"{recipe.name} step {progress.step}: {progress.loss:.5f}, validation {progress.validation:.5f}", flush=True
+            )
+
+    shown = [scene.caption() if i % 2 else "" for i, scene in enumerate(scenes)]
+    with torch.inference_mode():
+        encoded = {caption: clip.encode(caption) for caption in set(shown)}
+        positive = [[torch.cat([encoded[caption] for caption in shown]), {}]]
+    head, _ = train_head(
+        model, data, settings, name=f"{recipe.name}.safetensors", positive=positive, projection=WIDTH,
+        background=recipe.background, facts={"control": recipe.layer or recipe.kind}, report=report, **more,
+    )  # fmt: skip
+    return dataclasses.replace(head, spec=dataclasses.replace(head.spec, backbone="demo model"))
+
+
+def demo_examples(
+    recipe: Recipe, count: int, vae: Any, seed: int, figure_only: bool = False
+) -> tuple[Examples, list[Scene]]:
+    """``count`` examples of a recipe (scenes, pairs or triplets) and the scenes of their pictures."""
+    latents: list[Tensor] = []
+    truths: list[Tensor] = []
+    scenes: list[Scene] = []
+    with torch.inference_mode():
+        for first in range(0, count, CHUNK):
+            drawn = scene_pictures(
+                int(np.random.default_rng([seed, first]).integers(2**31)),
+                min(CHUNK, count - first),
+                figure_only,
+                recipe.sequence,
+            )
+            coded = vae.encode(drawn.picture).float()
+            truth = getattr(drawn, recipe.layer) if recipe.layer else None
+            if recipe.kind == "lgp":
+                truth = vae.encode(truth).float()
+            part = graph_examples(recipe.kind, coded, truth)
+            latents.append(part.latents.clone())
+            scenes += drawn.scenes
+            if part.truth is not None:
+                truths.append(part.truth.clone())
+    with torch.inference_mode(False):
+        truth = torch.cat(truths).clone() if truths else None
+        return in_a_row(recipe.kind, torch.cat(latents).clone(), truth), scenes

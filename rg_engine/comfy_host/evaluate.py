@@ -1,0 +1,285 @@
+"""``python -m rg_engine evaluate``: how well the demo heads read and steer, and what their training needs.
+
+Readouts are compared with the world's own truth on scenes that no head has seen; guided pictures are measured on finished
+pixels, by estimators that have nothing to do with the head that steered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..demo import DEMO_HEADS
+from ..demo.estimator import Estimator, joint_positions
+from ..demo.measure import control_errors, load_estimator, mean_and_error
+from ..demo.scene_pictures import ScenePictures, scene_pictures
+from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks, sketch_iou
+from ..errors import ReadoutGuidanceError
+from ..guidance import GuidanceSettings, Target
+from ..heads import ReadoutHead, load_head
+from ..training import Reading, TrainingSettings
+from ..types import Mode
+from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
+from .demo_model import load_demo_model
+from .frozen_model import FrozenModel, with_frozen_model
+from .sampling import guided_ksampler
+
+SCENE_SEED = 4051  # of scenes that no head has seen
+READ_SCENES = 96
+TIMES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
+PAIRS = (10, 30, 100, 300, 1000)
+STEPS_OF_A_TRIAL = 1500
+PROMPTS = ("a red figure, grey wall", "a blue figure, cream wall", "a green figure, pink wall", "a yellow figure, teal wall")
+BATCH = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """The demo model and its referee, loaded."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    estimator: Estimator
+    pictures: int  # guided ones for each figure
+
+
+def run_evaluation(out: Path, pictures: int, tables: list[str]) -> dict[str, Any]:
+    """Measure ``tables`` (all of TABLES unless told), print them, and write them into out/evaluation.json, beside older
+    ones."""
+    unknown = [name for name in tables if name not in TABLES]
+    if unknown:
+        raise ReadoutGuidanceError(f"there is no table {', '.join(unknown)}: choose among {', '.join(TABLES)}")
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "evaluation.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    with torch.inference_mode():
+        model, clip, vae = load_demo_model()
+    world = World(model=model, clip=clip, vae=vae, estimator=load_estimator(), pictures=pictures)
+    for name in tables or list(TABLES):
+        report[name] = TABLES[name](world)
+        path.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        print(f"\n{name}\n{markdown(report[name])}\n", flush=True)
+    return report
+
+
+def heads_table(world: World) -> list[dict[str, Any]]:
+    """What each demo head reads at a fifth of the diffusion time, and what guidance with it does to finished pixels."""
+    return [
+        {
+            "head": recipe.name,
+            **_rounded(read_scores(world, _demo_head(recipe), recipe, 0.2)),
+            **_rounded(guided_scores(world, recipe)),
+        }
+        for recipe in RECIPES
+    ]
+
+
+def timesteps_table(world: World) -> list[dict[str, Any]]:
+    """Each head's main score by the part of the diffusion time."""
+    rows = []
+    for recipe in RECIPES:
+        scores = [read_scores(world, _demo_head(recipe), recipe, time) for time in TIMES]
+        name = next(iter(scores[0]))
+        rows.append(
+            {"head": recipe.name, "score": name, **{f"{t:g}": round(s[name], 3) for t, s in zip(TIMES, scores, strict=True)}}
+        )
+    return rows
+
+
+def pairs_table(world: World) -> list[dict[str, Any]]:
+    """A pose head by the number of pairs that it was trained on, all else equal."""
+    recipe = demo_recipe("demo_pose")
+    rows = []
+    for count in PAIRS:
+        head = _trial(world, recipe, count)
+        rows.append(
+            {
+                "pairs": count,
+                **_rounded(read_scores(world, head, recipe, 0.2)),
+                **_rounded(guided_scores(world, recipe, head)),
+            }
+        )
+    return rows
+
+
+def conventions_table(world: World) -> list[dict[str, Any]]:
+    """A pose head trained with the embedding of t, and of 999 - t as the authors'; guidance embeds t either way."""
+    recipe = demo_recipe("demo_pose")
+    rows = []
+    for convention in ("t", "reversed"):
+        head = _trial(world, recipe, 300, timestep_convention=convention)
+        rows.append(
+            {
+                "trained with": convention,
+                **_rounded(read_scores(world, head, recipe, 0.2)),
+                **_rounded(guided_scores(world, recipe, head)),
+            }
+        )
+    return rows
+
+
+def kept_features_table(world: World) -> list[dict[str, Any]]:
+    """A pose head of 100 pairs with new noise every step, and with so many noise draws a pair whose features are kept."""
+    recipe = demo_recipe("demo_pose")
+    rows = []
+    for draws in (0, 4, 16):
+        head = _trial(world, recipe, 100, noise_draws=draws)
+        rows.append({"noise draws": draws or "new each step", **_rounded(guided_scores(world, recipe, head))})
+    return rows
+
+
+TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
+    "heads": heads_table,
+    "timesteps": timesteps_table,
+    "pairs": pairs_table,
+    "conventions": conventions_table,
+    "kept_features": kept_features_table,
+}
+
+
+def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) -> dict[str, float]:
+    """How well a head reads unseen scenes noised to ``time``, the main score first."""
+    data, scenes = demo_examples(recipe, READ_SCENES, world.vae, SCENE_SEED)
+    with torch.inference_mode():
+        contexts = torch.cat([world.clip.encode(scene.caption()) for scene in scenes])
+    noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(1))
+    rows = data.groups.flatten()
+
+    def read(frozen: FrozenModel) -> list[Reading]:
+        return [
+            frozen.read(data.latents[part], noise[part], torch.full((len(part),), time), pictures=part)
+            for part in rows.split(BATCH * data.groups.shape[1])
+        ]
+
+    readings = with_frozen_model(world.model, [[contexts, {}]], (BATCH, *data.latents.shape[1:]), read)
+    with torch.no_grad():
+        readout = torch.cat([head.read(r.features, r.emb, data.cells, r.noise_level) for r in readings])
+    match recipe.kind:
+        case "spatial":
+            assert data.truth is not None
+            return {"readout rmse": float((readout - data.truth).square().mean().sqrt())}
+        case "keypoint":
+            seen = [i for i, scene in enumerate(scenes) if scene.figure is not None]
+            joints = torch.tensor(np.stack([scenes[i].figure.joints() for i in seen]), dtype=torch.float32)  # type: ignore[union-attr]
+            return {
+                f"pck@{at}": value
+                for at, value in _main_first(pck(peaks(readout[seen]), joints, figure_extent(joints))).items()
+            }
+        case "lgp":
+            assert data.truth is not None
+            return {"correlation": float(torch.corrcoef(torch.stack([readout.flatten(), data.truth.flatten()]))[0, 1])}
+        case "correspondence":
+            assert data.truth is not None
+            maps = [torch.cat(layers) for layers in zip(*(r.features for r in readings), strict=True)]
+            raw = [F.interpolate(layer, data.cells, mode="bilinear") for layer in maps]
+            everything = torch.cat([F.normalize(layer, dim=1) for layer in raw], 1)
+            best = max(_matching(layer, data.truth)["0.1"] for layer in [*raw, everything])
+            return {
+                **{f"pck@{at}": v for at, v in _main_first(_matching(readout, data.truth)).items()},
+                "raw features' best pck@0.1": best,
+            }
+        case "appearance":
+            anchor, same, other = readout.unflatten(0, (-1, 3)).unbind(1)
+            near, far = (F.cosine_similarity(anchor, maps, dim=1).flatten(1).mean(1) for maps in (same, other))
+            return {"auc": auc(near, far)}
+
+
+def guided_scores(world: World, recipe: Recipe, head: ReadoutHead | None = None) -> dict[str, float]:
+    """What guidance with a head does, measured on finished pixels; unguided and guided."""
+    head = head or _demo_head(recipe)
+    match recipe.kind:
+        case "spatial":
+            return _compare(world, recipe.layer, lambda drawn: Target(head=head, image=getattr(drawn, recipe.layer)))
+        case "keypoint":
+            return _compare(world, "pose", lambda drawn: Target(head=head, readout=drawn.keypoints))
+        case "lgp":
+            return _compare(world, "sketch", lambda drawn: _sketch_target(world, head, drawn), ("fast", "norm_ratio"))
+        case _:
+            return {}
+
+
+def _compare(
+    world: World, control: str, target: Callable[[ScenePictures], Target], modes: tuple[Mode, ...] = ("fast",)
+) -> dict[str, float]:
+    """Errors of unguided and guided pictures of the same seeds, means."""
+    scores: dict[str, list[np.ndarray]] = {}
+    with torch.inference_mode():
+        for first in range(0, world.pictures, BATCH):
+            drawn = scene_pictures(SCENE_SEED + 1 + first, min(BATCH, world.pictures - first), figure_only=True)
+            for mode in ("unguided", *modes):
+                made = sample(world, None if mode == "unguided" else target(drawn), first, len(drawn.scenes), mode)
+                for name, values in _errors(world, control, made, drawn).items():
+                    scores.setdefault(f"{mode} {name}", []).append(values)
+    means = {name: mean_and_error(np.concatenate(values)) for name, values in scores.items()}
+    return {name: mean for name, (mean, _) in means.items()} | {
+        f"{name} se": error for name, (_, error) in means.items() if "pck" not in name
+    }
+
+
+def _errors(world: World, control: str, made: Tensor, drawn: ScenePictures) -> dict[str, np.ndarray]:
+    if control == "sketch":
+        pairs = zip(made, drawn.edges, strict=True)
+        return {"iou": np.array([sketch_iou(picture.numpy(), sketch[..., 0].numpy()) for picture, sketch in pairs])}
+    errors = {"error": control_errors(control, made, drawn.scenes, world.estimator)}
+    if control == "pose":
+        heatmaps, _ = world.estimator(made.permute(0, 3, 1, 2).float() * 2 - 1)
+        true = torch.tensor(np.stack([scene.figure.joints() for scene in drawn.scenes]), dtype=torch.float32)  # type: ignore[union-attr]
+        found = joint_positions(heatmaps)
+        each = [pck(found[i : i + 1], true[i : i + 1], figure_extent(true[i : i + 1])) for i in range(len(true))]
+        errors |= {f"pck@{at}": np.array([scores[at] for scores in each]) for at in each[0]}
+    return errors
+
+
+def sample(world: World, target: Target | None, first: int, count: int, mode: str = "fast") -> Tensor:
+    """Pictures (count, 128, 128, 3) of the evaluation's settings; the same seeds for every target."""
+    settings = GuidanceSettings(mode=mode if mode != "unguided" else "fast")  # type: ignore[arg-type]
+    latent = guided_ksampler(
+        world.model, target, settings, seed=100 + first, steps=30, cfg=3.0, sampler_name="euler_ancestral",
+        scheduler="normal", denoise=1.0, positive=[[world.clip.encode(PROMPTS[first // BATCH % len(PROMPTS)]), {}]],
+        negative=[[world.clip.encode(""), {}]], latent={"samples": torch.zeros(count, 4, 16, 16)},
+    )  # fmt: skip
+    return world.vae.decode(latent["samples"]).clamp(0, 1).cpu()
+
+
+def _sketch_target(world: World, head: ReadoutHead, drawn: ScenePictures) -> Target:
+    return Target(head=head, reference_latent=world.vae.encode(drawn.edges))
+
+
+def _trial(world: World, recipe: Recipe, count: int, **more: Any) -> ReadoutHead:
+    """A head trained on ``count`` pairs, as the example workflow trains one."""
+    settings = TrainingSettings(steps=STEPS_OF_A_TRIAL, shift=0.125, **more)
+    data, scenes = demo_examples(recipe, count, world.vae, 77, figure_only=True)
+    return train_demo_head(world.model, world.clip, recipe, data, scenes, settings)
+
+
+def _demo_head(recipe: Recipe) -> ReadoutHead:
+    return load_head(DEMO_HEADS / f"{recipe.name}.safetensors")
+
+
+def _matching(maps: Tensor, tracks: Tensor) -> dict[str, float]:
+    one, other = maps.unflatten(0, (-1, 2)).unbind(1)
+    return pck(nearest_places(one, other, tracks[:, :, 0]), tracks[:, :, 1], 1.0)
+
+
+def _main_first(scores: dict[str, float]) -> dict[str, float]:
+    return {"0.1": scores["0.1"], **scores}
+
+
+def _rounded(scores: dict[str, float]) -> dict[str, float]:
+    return {name: float(f"{value:.3g}") for name, value in scores.items()}
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """Rows as a table; every column that any row has."""
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    lines = [columns, ["---"] * len(columns), *([row.get(name, "") for name in columns] for row in rows)]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

@@ -1,0 +1,136 @@
+"""A loaded model that is read and never changed: for reading latents out, and for training heads.
+
+The work is done inside a sampling run of ComfyUI's own, so that prompts, LoRAs, offloading and memory are ComfyUI's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import torch
+from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from torch import Tensor
+
+from ..features import Backbone, FeatureTap
+from ..training import Reading
+from .branches import input_scale
+from .gradient_scope import plain
+from .guided_model import backbone_of
+
+KEY = "readout_guidance_read"
+Result = TypeVar("Result")
+
+
+def with_frozen_model(model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result]) -> Result:
+    """Load ``model`` (a ModelPatcher) as for sampling latents of ``shape`` (B, C, h, w), and give ``work``'s result.
+
+    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each.
+    """
+    backbone = backbone_of(model)
+    guider = comfy.samplers.CFGGuider(model.clone())
+    guider.inner_set_conds({"positive": positive if positive is not None else empty_prompt(model)})
+    guider.set_cfg(1.0)
+    run = _Work(lambda loaded, options: work(FrozenModel(loaded, options, backbone)))
+    nothing = torch.zeros(shape)
+    guider.sample(nothing, nothing, run, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
+    return run.result
+
+
+class FrozenModel:
+    """The model while it is loaded."""
+
+    def __init__(self, guider: Any, options: dict[str, Any], backbone: Backbone) -> None:
+        self._guider = guider
+        self._options = options
+        self._backbone = backbone
+
+    @property
+    def device(self) -> torch.device:
+        return comfy.model_management.get_torch_device()
+
+    def read(
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        time: Tensor,
+        *,
+        pictures: Tensor | None = None,
+        reversed_timestep: bool = False,
+    ) -> Reading:
+        """Features of noised pictures, as ordinary tensors.
+
+        Args: latents (n, C, h, w) as the VAE gives them; noise like latents; time (n,), parts of the diffusion time;
+        pictures (n,), each one's row among the prompts; reversed_timestep gives the embedding of 999 - t instead of t's.
+        """
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        with torch.inference_mode():
+            model = self._guider.inner_model
+            sampling = model.model_sampling
+            clip = (float(sampling.sigma_min), float(sampling.sigma_max))
+            sigmas = [min(max(float(sampling.percent_to_sigma(1.0 - float(t))), clip[0]), clip[1]) for t in time]
+            sigma = torch.tensor(sigmas, device=self.device)
+            clean = model.process_latent_in(latents.to(self.device))
+            x = sampling.noise_scaling(sigma.view(-1, 1, 1, 1), noise.to(clean), clean, False)
+            catch = _Catch(self._backbone)
+            options = comfy.model_patcher.create_model_options_clone(self._options)
+            add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, catch.apply_model, options, is_model_options=True)
+            comfy.samplers.calc_cond_batch(model, [_prompts_of(self._guider.conds["positive"], pictures)], x, sigma, options)
+            features, emb = catch.found
+            if reversed_timestep:
+                network = model.diffusion_model
+                turned = timestep_embedding(999 - sampling.timestep(sigma), network.model_channels).to(emb.dtype)
+                emb = network.time_embed(turned)
+            level = sigma * input_scale(model, sigma, x).view(-1)
+        with torch.inference_mode(False):
+            return Reading(features=[plain(f).float() for f in features], emb=plain(emb).float(), noise_level=plain(level))
+
+
+class _Work(comfy.samplers.Sampler):
+    """A 'sampler' that does something else with the loaded model."""
+
+    result: Any = None
+
+    def __init__(self, work: Callable[[Any, dict[str, Any]], Any]) -> None:
+        self._work = work
+
+    def sample(self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, *_: Any) -> Tensor:
+        self.result = self._work(model_wrap, extra_args["model_options"])
+        return noise
+
+
+class _Catch:
+    def __init__(self, backbone: Backbone) -> None:
+        self._backbone = backbone
+        self.found: tuple[list[Tensor], Tensor] = ([], torch.empty(0))
+
+    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with FeatureTap(executor.class_obj.diffusion_model, self._backbone) as tap:
+            out = executor(*args, **kwargs)
+            self.found = tap.take()
+        return out
+
+
+def _prompts_of(conds: list[dict[str, Any]], pictures: Tensor | None) -> list[dict[str, Any]]:
+    """The rows of ``pictures`` in conditionings that have one a picture."""
+    if pictures is None:
+        return conds
+    picked = []
+    for cond in conds:
+        rows = {
+            key: value._copy_with(value.cond[pictures.to(value.cond.device)])
+            for key, value in cond["model_conds"].items()
+            if isinstance(getattr(value, "cond", None), Tensor) and value.cond.shape[0] > 1
+        }
+        picked.append({**cond, "model_conds": {**cond["model_conds"], **rows}})
+    return picked
+
+
+def empty_prompt(model: Any) -> list:
+    """A CONDITIONING of zeros, of the width that the model expects."""
+    config = model.model.model_config.unet_config
+    return [[torch.zeros(1, 77, int(config.get("context_dim") or 768)), {"pooled_output": torch.zeros(1, 1280)}]]

@@ -1,0 +1,138 @@
+"""``python -m rg_engine train``: trains a head from folders, on one process or on several that torchrun started."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..guidance.targets import fit
+from ..heads import ReadoutHead, save_head
+from ..training import Examples, Progress
+from ..training.config import TrainingConfig
+from ..training.distributed import Ranks, joined
+from ..training.folders import FileExamples, gather_files, load_picture, prompt_of
+from ..training.new_head import CONTROL_RANGE
+from ..training.plot import loss_plot
+from .demo_model import load_demo_model
+from .train_head import train_head
+
+ENCODED_AT_ONCE = 8
+
+
+def train_from_files(config: TrainingConfig) -> None:
+    """Train the head that ``config`` describes: writes it, a log (.jsonl), a loss plot (.png) and a checkpoint beside it.
+
+    The checkpoint is gone when the head is there. Raises TrainingError.
+    """
+    files = gather_files(config)
+    with joined() as ranks:
+        with torch.inference_mode():
+            model, clip, vae = _load_model(config.model)
+            latents = _encode(files.pictures, vae, config.size)
+            positive = _prompts(config.prompt, files.pictures, clip)
+            truth = _truth(config, files, latents, vae)
+        with torch.inference_mode(False):
+            examples = Examples(
+                kind=config.kind,
+                latents=latents.clone(),
+                groups=files.groups,
+                truth=None if truth is None else truth.clone(),
+            )
+        checkpoint, log = config.out.with_suffix(".checkpoint"), config.out.with_suffix(".jsonl")
+
+        def keep(head: ReadoutHead) -> None:
+            if ranks.first:
+                path = config.out.with_name(f"{config.out.stem}_interrupted.safetensors")
+                save_head(head, path)
+                print(
+                    f"the training broke off after {head.spec.training['steps']} steps; its best head is {path.name}",
+                    flush=True,
+                )
+
+        head, history = train_head(
+            model, examples, config.settings, name=config.out.name, positive=positive, projection=config.width,
+            background=_background(config), temperature=config.temperature, margin=config.margin, checkpoint=checkpoint,
+            facts={"model": Path(config.model).name}, ranks=ranks, report=_reporter(log, ranks), keep=keep,
+        )  # fmt: skip
+        if ranks.first:
+            config.out.parent.mkdir(parents=True, exist_ok=True)
+            partial = config.out.with_suffix(".partial")
+            save_head(head, partial)
+            os.replace(partial, config.out)
+            plot = (loss_plot(history, config.out.stem)[0] * 255).round().to(torch.uint8).numpy()
+            Image.fromarray(plot).save(config.out.with_suffix(".png"))
+            checkpoint.unlink(missing_ok=True)
+            print(f"wrote {config.out}", flush=True)
+
+
+def _load_model(name: str) -> tuple[Any, Any, Any]:
+    if name == "demo":
+        return load_demo_model()
+    if not Path(name).is_file():
+        raise TrainingError(f"there is no checkpoint {name!r}: give the path of one, or demo")
+    import comfy.sd
+
+    model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(name, output_vae=True, output_clip=True)
+    if model is None or clip is None or vae is None:
+        raise TrainingError(f"{Path(name).name!r} lacks its UNet, its text encoder or its VAE: give a complete checkpoint")
+    return model, clip, vae
+
+
+def _encode(paths: list[Path], vae: Any, size_px: int) -> Tensor:
+    parts = [paths[i : i + ENCODED_AT_ONCE] for i in range(0, len(paths), ENCODED_AT_ONCE)]
+    return torch.cat(
+        [vae.encode(torch.stack([load_picture(path, size_px) for path in part])).float().cpu() for part in parts]
+    )
+
+
+def _prompts(prompt: str, pictures: list[Path], clip: Any) -> list:
+    """A CONDITIONING: one row for all, or one a picture."""
+    texts = [prompt_of(path) for path in pictures] if prompt == "captions" else [prompt]
+    encoded = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in set(texts)}
+    context, pooled = (torch.cat([encoded[text][i] for text in texts]) for i in (0, 1))
+    return [[context, {"pooled_output": pooled}]]
+
+
+def _truth(config: TrainingConfig, files: FileExamples, latents: Tensor, vae: Any) -> Tensor | None:
+    cells = (latents.shape[-2], latents.shape[-1])
+    if files.controls is None:
+        return fit(files.truth, cells) if config.kind == "keypoint" and files.truth is not None else files.truth
+    if config.kind == "lgp":
+        return _encode(files.controls, vae, config.size)
+    maps = torch.stack([fit(load_picture(path, config.size).permute(2, 0, 1)[None], cells)[0] for path in files.controls])
+    if all(torch.equal(each, each[:1].expand_as(each)) for each in maps):  # grey
+        maps = maps[:, :1]
+    low, high = CONTROL_RANGE
+    return low + (high - low) * maps
+
+
+def _background(config: TrainingConfig) -> float | None:
+    if not config.sparse or config.kind not in ("spatial", "keypoint"):
+        return None
+    return 0.0 if config.kind == "keypoint" else CONTROL_RANGE[0]
+
+
+def _reporter(log: Path, ranks: Ranks) -> Any:
+    """Writes a JSON line a step, prints validations."""
+    if not ranks.first:
+        return None
+    log.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(progress: Progress) -> None:
+        line = {"step": progress.step, "loss": progress.loss, "validation": progress.validation}
+        with open(log, "a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+        if progress.validation is not None:
+            print(
+                f"step {progress.step} of {progress.steps}: loss {progress.loss:.5g}, validation {progress.validation:.5g}",
+                flush=True,
+            )
+
+    return report

@@ -1,0 +1,67 @@
+"""Trains a readout head on a loaded ComfyUI model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import TrainingError
+from ..heads import ReadoutHead
+from ..training import Draw, Examples, HeadTraining, Progress, Reading, TrainingSettings, lesson_of, new_head
+from ..training.distributed import Ranks
+from .frozen_model import FrozenModel, with_frozen_model
+from .guided_model import backbone_of
+
+
+def train_head(
+    model: Any, examples: Examples, settings: TrainingSettings, *, name: str, positive: Any = None, projection: int = 384,
+    background: float | None = None, temperature: float = 0.07, margin: float = 0.5, facts: dict[str, Any] | None = None,
+    checkpoint: Path | None = None, ranks: Ranks | None = None, report: Callable[[Progress], None] | None = None,
+    keep: Callable[[ReadoutHead], None] | None = None,
+) -> tuple[ReadoutHead, list[tuple[int, float, float | None]]]:  # fmt: skip
+    """Train a head for ``model`` (a ModelPatcher); returns it and the history: step, loss, validation.
+
+    Args: positive, the prompt of the pictures (None: empty; one row a picture: each its own); projection, background,
+    temperature, margin as :func:`new_head` and :func:`lesson_of` have them; facts, for the head's metadata; keep is given
+    the best head so far if the training breaks off, before the exception goes on. Raises TrainingError, BackboneError.
+    """
+    examples.check_enough()
+    wanted = model.model.latent_format.latent_channels
+    if examples.latents.shape[1] != wanted:
+        raise TrainingError(
+            f"the latents have {examples.latents.shape[1]} channels and the model works on {wanted}: encode the pictures "
+            f"with "
+            "the VAE that belongs to the model"
+        )
+    channels = 0 if examples.truth is None or examples.kind == "correspondence" else examples.truth.shape[1]
+    head = new_head(
+        examples.kind, backbone_of(model), name=name, output_channels=channels, projection=projection, seed=settings.seed,
+        training=facts,
+    )  # fmt: skip
+    lesson = lesson_of(examples.kind, background=background, temperature=temperature, margin=margin)
+    backwards = settings.timestep_convention == "reversed"
+
+    def work(frozen: FrozenModel) -> tuple[ReadoutHead, list[tuple[int, float, float | None]]]:
+        def read(draw: Draw) -> Reading:
+            count = draw.latents.shape[1]
+            return frozen.read(
+                draw.latents.flatten(0, 1), draw.noise.flatten(0, 1), draw.time.repeat_interleave(count),
+                pictures=draw.pictures.flatten(), reversed_timestep=backwards,
+            )  # fmt: skip
+
+        training = HeadTraining(
+            head, lesson, examples, read, settings, device=frozen.device, checkpoint=checkpoint, ranks=ranks
+        )
+        try:
+            return training.run(report), training.history
+        except BaseException:
+            if keep is not None and training.history:
+                keep(training.best())
+            raise
+
+    pictures = settings.batch // settings.accumulate * lesson.pictures
+    with torch.inference_mode(False), torch.enable_grad():
+        return with_frozen_model(model, positive, (pictures, *examples.latents.shape[1:]), work)

@@ -1,0 +1,102 @@
+"""What the Train Readout Head node does around a training: its data, progress, preview, and what an interrupt leaves."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import comfy.utils
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..errors import TrainingError
+from ..guidance.pictures import readout_picture
+from ..guidance.targets import fit
+from ..heads import HeadSpec, ReadoutHead
+from ..training import Examples, Progress, TrainingSettings, in_a_row, lesson_of
+from ..training.new_head import CONTROL_RANGE
+from ..training.plot import loss_plot
+from ..types import HeadKind
+from .folders import checkpoint_path, save_named_head
+from .train_head import train_head
+
+log = logging.getLogger("readout_guidance")
+PREVIEW_PX = 192
+
+
+def train_in_graph(
+    model: Any, positive: Any, latents: dict[str, Any] | None, images: Tensor | None, vae: Any, targets: Any, *, kind:
+    HeadKind, sparse: bool, projection: int, settings: TrainingSettings, checkpoint: str,
+) -> tuple[ReadoutHead, Tensor, Tensor]:  # fmt: skip
+    """The head, the loss plot, and readouts against targets as a picture. An interrupt leaves the best head so far in
+    models/readout_heads, and goes on.
+    """
+    path = checkpoint_path(checkpoint) if checkpoint.strip() else None
+    examples = graph_examples(kind, _latents(latents, images, vae), targets)
+    bar = comfy.utils.ProgressBar(settings.steps)
+    latest: list[Tensor] = [torch.zeros(1, PREVIEW_PX, 2 * PREVIEW_PX, 3)]
+
+    def report(progress: Progress) -> None:
+        preview = None
+        if progress.shown is not None:
+            latest[0] = compare(*progress.shown, spec)
+            pixels = (latest[0][0].clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+            preview = ("JPEG", Image.fromarray(np.ascontiguousarray(pixels)), 1024)
+            log.info("Training %s, step %d of %d: validation %.5g", kind, progress.step, progress.steps, progress.validation)
+        bar.update_absolute(progress.step, progress.steps, preview)
+
+    def keep(head: ReadoutHead) -> None:
+        name = save_named_head(head, f"interrupted_{kind}", overwrite=True)
+        log.warning("The training broke off after %d steps; its best head is %s.", head.spec.training["steps"], name)
+
+    spec = HeadSpec(kind=kind, feature_channels=(), control_range=(0.0, 1.0) if kind == "keypoint" else CONTROL_RANGE)
+    background = spec.control_range[0] if sparse and kind in ("spatial", "keypoint") else None
+    head, history = train_head(
+        model, examples, settings, name=f"{kind} head", positive=positive, projection=projection, background=background,
+        checkpoint=path, report=report, keep=keep,
+    )  # fmt: skip
+    return head, loss_plot(history, kind), latest[0]
+
+
+def graph_examples(kind: HeadKind, latents: Tensor, targets: Any) -> Examples:
+    """Examples of what a graph holds: latents (M, C, h, w), and pictures, heat maps, a LATENT or tracks as targets."""
+    truth = lesson_of(kind).truth
+    if isinstance(targets, dict):
+        targets = targets["samples"]
+    if targets is None or truth == "none":
+        return in_a_row(kind, latents, targets)
+    if not isinstance(targets, Tensor) or targets.ndim != 4:
+        raise TrainingError(
+            f"targets are {type(targets).__name__}: connect a batch of pictures, heat maps, a latent or tracks"
+        )
+    if truth == "maps":
+        pictures = targets.shape[-1] <= 4 and targets.shape[1] > 4  # (N, H, W, C), as pictures come
+        maps = fit((targets.movedim(-1, 1) if pictures else targets).float(), (latents.shape[-2], latents.shape[-1]))
+        low, high = CONTROL_RANGE
+        if kind == "spatial":
+            if not pictures:
+                raise TrainingError("a spatial head learns from pictures: connect a batch of control pictures as targets")
+            grey = maps.shape[1] > 1 and bool(torch.equal(maps, maps[:, :1].expand_as(maps)))
+            maps = low + (high - low) * (maps[:, :1] if grey else maps).clamp(0, 1)
+        targets = maps
+    return in_a_row(kind, latents, targets.clone())
+
+
+def compare(readouts: Tensor, truth: Tensor | None, spec: HeadSpec) -> Tensor:
+    """Readouts (n, D, h, w) in a row, and below them what they should be, (1, H, W, 3) in 0..1."""
+    rows = [readouts] if truth is None or truth.shape[1:] != readouts.shape[1:] else [readouts, truth]
+    pictures = readout_picture(torch.cat(rows), spec, (PREVIEW_PX, PREVIEW_PX)).unflatten(0, (len(rows), -1))
+    return torch.cat([torch.cat(list(row), 1) for row in pictures], 0)[None]
+
+
+def _latents(latents: dict[str, Any] | None, images: Tensor | None, vae: Any) -> Tensor:
+    if latents is not None:
+        samples = latents["samples"]
+        return samples.clone().float().cpu()
+    if images is None or vae is None:
+        raise TrainingError(
+            "there is nothing to learn from: connect latents (pictures through VAE Encode), or images and vae"
+        )
+    return torch.cat([vae.encode(part[..., :3]).clone().float().cpu() for part in images.split(16)])
