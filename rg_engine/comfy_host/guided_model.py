@@ -25,8 +25,11 @@ from ..heads import ReadoutHead
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 from .memory import with_room_for_graph
 from .sampler_steps import SamplerSteps, watched
+from .source_pass import SourcePasses, fingerprint
 
 log = logging.getLogger("readout_guidance")
+#: The source passes of this session.
+SOURCES = SourcePasses()
 
 
 def guide(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
@@ -120,8 +123,14 @@ class ModelGuidance:
             with torch.inference_mode(False):
                 size = (noise.shape[-2], noise.shape[-1])
                 objective = Objective(self.targets, size, noise.shape[0], noise.device)
-            run.begin(guider, objective, noise, denoise_mask)
-            passes = 2 if objective.needs_source else 1
+            run.begin(guider, objective, noise, denoise_mask, extra_args.get("seed"))
+            kept, mark = None, None
+            if objective.needs_source:
+                sampling = (noise, latent_image, denoise_mask, run.sigmas, extra_args)
+                with _cfg(guider, self.settings.source_cfg):
+                    mark = fingerprint(guider, run.sampler, sampling, self._readouts_wanted(run))
+                kept = SOURCES.find(mark)
+            passes = 2 if mark is not None and kept is None else 1
 
             def sample(number: int) -> Tensor:
                 run.steps = steps = SamplerSteps(run.plan, run.sampler, run.sigmas)
@@ -133,12 +142,20 @@ class ModelGuidance:
 
                 return executor(guider, sigmas, dict(extra_args), report, noise, latent_image, denoise_mask, disable_pbar)
 
-            if passes == 2:
+            if kept is not None:
+                run.source = kept
+            elif mark is not None:
                 run.recording = True
                 with _random_state_kept(noise.device), _cfg(guider, self.settings.source_cfg):
                     sample(0)
                 run.recording = False
+                SOURCES.keep(mark, run.source)
             return sample(passes - 1)
+
+    def _readouts_wanted(self, run: Run) -> Any:
+        """What a source pass keeps: at which steps and branches, and which heads' readouts."""
+        heads = [(i, target.head) for i, target in enumerate(self.targets) if target.needs_source]
+        return [planned.step for planned in run.plan.steps], self.settings.mode == "reference", heads
 
     def predict_noise(
         self, executor: Any, x: Tensor, timestep: Tensor, model_options: Options | None = None, seed: int | None = None

@@ -20,6 +20,7 @@ from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
 from .sampler_steps import SamplerSteps
+from .source_pass import SourcePass
 
 KEY = "readout_guidance"
 Options = dict[str, Any]
@@ -39,13 +40,16 @@ class Run:
     denoise_mask: Tensor | None = None
     steps: SamplerSteps | None = None
     recording: bool = False  # the source pass is under way
-    source: dict[tuple[int, int], SourceStep] = dataclasses.field(default_factory=dict)  # by step, branch
+    source: SourcePass = dataclasses.field(default_factory=SourcePass)
     references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
     reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
     losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
 
-    def begin(self, guider: Any, objective: Objective, noise: Tensor, denoise_mask: Tensor | None) -> None:
+    def begin(self, guider: Any, objective: Objective, noise: Tensor, denoise_mask: Tensor | None, seed: int | None) -> None:
         """Set what is known once the model is loaded."""
+        if not bool(noise.any()):  # the latent comes with its noise; references need some all the same
+            generator = torch.Generator().manual_seed(seed or 0)
+            noise = torch.randn(noise.shape, generator=generator).to(noise)
         self.objective, self.noise, self.denoise_mask = objective, noise, denoise_mask
         for i, target in enumerate(objective.targets):
             if target.needs_reference and target.reference_latent is not None:
@@ -80,11 +84,13 @@ class ModelCall:
 def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """A step of the source: the plain prediction, its readouts kept."""
     reader = run.reader(call.x)
+    run.source.latents[planned.step] = call.x.cpu()
     denoised = call.predict(reader.install(call.options))
     for branch in _branches(run, call):
         if branch not in reader.source:  # not part of the plain prediction (cfg 1)
             call.run_branch(reader, branch)
-        run.source[planned.step, branch] = reader.source[branch]
+        model = call.guider.inner_model
+        run.source.keep((planned.step, branch), reader.source[branch], model.manual_cast_dtype or model.get_dtype())
     return denoised
 
 
@@ -102,7 +108,9 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     if run.settings.mode == "norm_ratio":
         length = norm_ratio_length(x * scale, _next_z(run, planned, call, denoised), run.settings.strength)
     move = _inside(rms_step(reader.gradient, length) / scale, run.denoise_mask).to(x.dtype)
-    _move(run, x, x + move, scale)
+    moved = _kept_still(run, planned, x + move)
+    move = moved - x
+    _move(run, x, moved, scale)
     return denoised + move
 
 
@@ -143,7 +151,8 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
             gradients.append(reader.gradient)
         with torch.inference_mode(False):
             z = update.step(torch.stack(gradients).sum(0))
-        _move(run, x, before + _inside(z / scale - before, run.denoise_mask).to(x.dtype), scale)
+        moved = before + _inside(z / scale - before, run.denoise_mask).to(x.dtype)
+        _move(run, x, _kept_still(run, planned, moved), scale)
     return call.predict(call.options)
 
 
@@ -156,7 +165,7 @@ def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
 
 def _guided_reader(run: Run, planned: PlannedStep, branch: int, call: ModelCall) -> BranchReader:
     """A reader of one guided branch, with the readouts of source and references that it is compared with."""
-    source = run.source.get((planned.step, branch))
+    source = run.source.step((planned.step, branch), call.x.device)
     for i in sorted(set(run.references) & set(planned.active)):
         key = (planned.step, branch, i)
         if key not in run.reference_steps:
@@ -181,6 +190,16 @@ def _move(run: Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:
     elif steps.latent is not None and steps.latent is not x:
         steps.latent += moved - x
     x.copy_(moved)
+
+
+def _kept_still(run: Run, planned: PlannedStep, x: Tensor) -> Tensor:
+    """x with the source's latent where a drag's mask lets nothing move."""
+    assert run.objective is not None
+    movable, source = run.objective.movable, run.source.latents.get(planned.step)
+    if movable is None or source is None:
+        return x
+    source = source.to(x)
+    return source + (x - source) * movable.to(x.dtype)
 
 
 def _inside(move: Tensor, denoise_mask: Tensor | None) -> Tensor:

@@ -2,26 +2,86 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import comfy.samplers
+import torch
 
+from ..errors import TargetError
 from ..guidance import GuidanceSettings, Target
 from .guided_model import guide
+from .inversion import INVERTED
+
+log = logging.getLogger("readout_guidance")
+DETERMINISTIC = ("euler", "ddim")  # what retraces an inversion
 
 
 def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSettings, **ksampler: Any) -> dict[str, Any]:
-    """ComfyUI's KSampler on the guided model; ``ksampler`` are its own inputs. Returns a LATENT."""
+    """ComfyUI's KSampler on the guided model; ``ksampler`` are its own inputs. Returns a LATENT.
+
+    Drags of several frames give a batch, one picture a frame, all from the same noise. An inverted latent (Invert Latent)
+    is what sampling begins from: no noise is added. Raises TargetError for frames of more than one latent, and settings
+    that don't retrace an inversion.
+    """
     from nodes import common_ksampler  # ComfyUI's
 
-    return common_ksampler(guide(model, target, settings), **ksampler)[0]
+    if INVERTED in ksampler["latent"]:
+        _check_inversion(model, **ksampler)
+        ksampler["disable_noise"] = True
+    frames = 1 if target is None else target.drag_frames
+    if target is None or frames == 1:
+        return _plain(common_ksampler(guide(model, target, settings), **ksampler)[0])
+    count = len(ksampler["latent"]["samples"])
+    if count != 1:
+        raise TargetError(
+            f"drags in {frames} frames make a batch of their own: give a latent of one picture, not of {count}"
+        )
+    parts = [
+        common_ksampler(guide(model, target.at_frame(number), settings), **ksampler)[0] for number in range(1, frames + 1)
+    ]
+    return _plain({**parts[0], "samples": torch.cat([part["samples"] for part in parts])})
 
 
 def readout_guider(
     model: Any, positive: Any, negative: Any, cfg: float, target: Target | None, settings: GuidanceSettings
 ) -> comfy.samplers.CFGGuider:
-    """A CFGGuider on the guided model, for SamplerCustomAdvanced."""
+    """A CFGGuider on the guided model, for SamplerCustomAdvanced. Raises TargetError for drags of several frames."""
+    if target is not None and target.drag_frames > 1:
+        raise TargetError(
+            "drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 for a guider"
+        )
     guider = comfy.samplers.CFGGuider(guide(model, target, settings))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider
+
+
+def _plain(latent: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in latent.items() if key != INVERTED}
+
+
+def _check_inversion(
+    model: Any,
+    *,
+    latent: dict[str, Any],
+    steps: int,
+    scheduler: str,
+    sampler_name: str,
+    cfg: float,
+    denoise: float,
+    **_: Any,
+) -> None:
+    facts = latent[INVERTED]
+    sigma = float(comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)[0])
+    if denoise < 1.0 or abs(sigma - facts.sigma) > 0.01 * facts.sigma:
+        raise TargetError(
+            f"the latent was inverted to noise level {facts.sigma:.4g} and sampling would begin at {sigma:.4g} with denoise "
+            f"{denoise:g}: use steps {facts.steps}, scheduler {facts.scheduler}, denoise 1"
+        )
+    if sampler_name not in DETERMINISTIC or steps != facts.steps or scheduler != facts.scheduler or cfg != facts.cfg:
+        log.warning(
+            "Readout guidance: the latent was inverted for euler, %d steps, %s, cfg %g; other settings make another "
+            "picture of it.",
+            facts.steps, facts.scheduler, facts.cfg,
+        )  # fmt: skip

@@ -8,8 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..errors import TargetError
 from ..heads import ReadoutHead
-from ..losses import appearance_loss, correspondence_loss, sketch_loss, spatial_loss
+from ..losses import appearance_loss, correspondence_loss, identity_loss, sketch_loss, spatial_loss
+from ..losses.correspondence import gather
 from .targets import Target
 
 
@@ -51,7 +53,35 @@ class Objective:
         self._truncate = truncate
         self._controls = [target.control(size, batch, device) for target in targets]
         self._regions = [target.region(size, batch, device) for target in targets]
-        self._drags = [_points(target, device) for target in targets]
+        self._reference_regions = [target.region(size, batch, device, "reference_mask") for target in targets]
+        self._drags = [_points(target, size, device) for target in targets]
+        self._check_drags()
+
+    def _check_drags(self) -> None:
+        """An arrow that starts where its mask lets nothing move contradicts it."""
+        for target, region, drags in zip(self.targets, self._regions, self._drags, strict=True):
+            if drags is None or region is None:
+                continue
+            starts, ends = drags
+            held = gather(region, starts).amax(0)[0] < 0.5  # (N,)
+            held &= (ends - starts).norm(dim=1) > 0
+            if held.any():
+                raise TargetError(
+                    f"drag {int(held.nonzero()[0]) + 1} of head {target.head.name!r} starts where the mask is black, so "
+                    f"that nothing "
+                    "there may move: draw the mask over it, or remove the arrow"
+                )
+
+    @property
+    def movable(self) -> Tensor | None:
+        """Where drags may move something, (B, 1, H, W) in 0..1; None for everywhere."""
+        regions = [
+            region
+            for target, region in zip(self.targets, self._regions, strict=True)
+            if target.head.spec.kind == "correspondence"
+        ]
+        found = [region for region in regions if region is not None]
+        return torch.stack(found).amax(0) if found and len(found) == len(regions) else None
 
     @property
     def needs_source(self) -> bool:
@@ -96,7 +126,10 @@ class Objective:
                 return sketch_loss(readout, control, mask=mask)
             case "appearance":
                 assert source is not None
-                return appearance_loss(readout, source.readouts[i].float(), z_extent=z_extent, mask=mask)
+                reference, where = source.readouts[i].float(), self._reference_regions[i]
+                if where is not None:
+                    return identity_loss(readout, reference, reference_mask=where, z_extent=z_extent, mask=mask)
+                return appearance_loss(readout, reference, z_extent=z_extent, mask=mask)
             case "correspondence":
                 assert source is not None
                 starts, ends = self._drags[i]  # type: ignore[misc]
@@ -118,9 +151,22 @@ def _extremes(z: Tensor) -> tuple[Tensor, Tensor]:
     return flat.amin(1), flat.amax(1)
 
 
-def _points(target: Target, device: torch.device) -> tuple[Tensor, Tensor] | None:
+def _points(target: Target, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """Starts and ends (N, 2) as fractions of the latent, which is the picture cropped to its aspect about the centre."""
     if not target.drags:
         return None
-    starts = torch.tensor([drag.start for drag in target.drags], device=device, dtype=torch.float32)
-    ends = torch.tensor([drag.end for drag in target.drags], device=device, dtype=torch.float32)
-    return starts, ends
+    points = torch.tensor([[drag.start, drag.end] for drag in target.drags], device=device, dtype=torch.float32)  # (N, 2, 2)
+    if target.drag_aspect is not None:
+        ratio = target.drag_aspect / (size[1] / size[0])  # above 1: the picture is wider than the latent
+        stretch = torch.tensor([max(ratio, 1.0), max(1 / ratio, 1.0)], device=device)
+        points = (points - 0.5) * stretch + 0.5
+        outside = ((points < -1e-3) | (points > 1 + 1e-3)).flatten(1).any(1)
+        if outside.any():
+            raise TargetError(
+                f"drag {int(outside.nonzero()[0]) + 1} of head {target.head.name!r} leaves the picture that is made: it "
+                f"has the "
+                f"aspect {size[1]}:{size[0]}, so that the arrows' picture is cropped. Make the latent of the picture's "
+                f"aspect"
+            )
+        points = points.clamp(0, 1)
+    return points[:, 0], points[:, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ class Target:
     drags: tuple[Drag, ...] | None = None
     reference_latent: Tensor | None = None
     readout: Tensor | None = None
+    reference_mask: Tensor | None = None
+    frames: int = 1
+    drag_aspect: float | None = None
     previous: Target | None = None
 
     def __post_init__(self) -> None:
@@ -76,8 +80,24 @@ class Target:
                     f"head {name!r} reads {self.head.output_channels} channels but image has {self.image.shape[-1]}: give a "
                     "picture with as many channels"
                 )
-        if self.mask is not None:
-            _check_picture(self.mask, "mask", 3, name)
+        for what, mask in (("mask", self.mask), ("reference_mask", self.reference_mask)):
+            if mask is not None:
+                _check_picture(mask, what, 3, name)
+        if self.reference_mask is not None and (kind != "appearance" or not bool((self.reference_mask > 0.5).any())):
+            raise TargetError(
+                f"reference_mask of the target with head {name!r} "
+                + (
+                    "is black: paint what to keep"
+                    if kind == "appearance"
+                    else f"is for appearance heads, and this is a {kind} head"
+                )
+            )
+        if not 1 <= self.frames <= 1000:
+            raise TargetError(f"frames is {self.frames}: it must be between 1 and 1000")
+        if self.readout is not None and kind in ("appearance", "correspondence"):
+            raise TargetError(
+                f"head {name!r} is an {kind} head and follows no readout: disconnect readout".replace("an corr", "a corr")
+            )
         for what, maps in (("reference_latent", self.reference_latent), ("readout", self.readout)):
             if maps is None:
                 continue
@@ -126,11 +146,31 @@ class Target:
         low, high = self.head.spec.control_range
         return (low + (high - low) * picture).expand(batch, -1, -1, -1)
 
-    def region(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor | None:
-        """The mask (B, 1, H, W) at latent size, None if it has none."""
-        if self.mask is None:
+    @property
+    def drag_frames(self) -> int:
+        """The frames of the chain's drags: the most that any of its targets asks for."""
+        return max(self.frames, 1 if self.previous is None else self.previous.drag_frames)
+
+    def at_frame(self, number: int) -> Target:
+        """The chain with its drags taken so far as frame ``number`` (1 .. drag_frames) of them goes."""
+        share = number / self.drag_frames
+        drags = self.drags and tuple(_part_of(drag, share) for drag in self.drags)
+        previous = self.previous and dataclasses.replace(self.previous, frames=self.drag_frames).at_frame(number)
+        return dataclasses.replace(self, drags=drags, frames=1, previous=previous)
+
+    def region(
+        self, size: tuple[int, int], batch: int, device: torch.device, which: Literal["mask", "reference_mask"] = "mask"
+    ) -> Tensor | None:
+        """A mask (B, 1, H, W) at latent size, None if it has none."""
+        mask = getattr(self, which)
+        if mask is None:
             return None
-        return fit(self.mask.clone().to(device, torch.float32)[:, None].clamp(0, 1), size).expand(batch, -1, -1, -1)
+        return fit(mask.clone().to(device, torch.float32)[:, None].clamp(0, 1), size).expand(batch, -1, -1, -1)
+
+
+def _part_of(drag: Drag, share: float) -> Drag:
+    (x0, y0), (x1, y1) = drag.start, drag.end
+    return Drag(drag.start, (x0 + share * (x1 - x0), y0 + share * (y1 - y0)))
 
 
 def chain(target: Target | None) -> tuple[Target, ...]:
@@ -161,7 +201,9 @@ def fit(picture: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _batched(target: Target) -> tuple[tuple[str, Tensor | None], ...]:
-    return tuple((name, getattr(target, name)) for name in ("image", "mask", "reference_latent", "readout"))
+    return tuple(
+        (name, getattr(target, name)) for name in ("image", "mask", "reference_latent", "reference_mask", "readout")
+    )
 
 
 def _check_picture(tensor: Tensor, what: str, dims: int, head: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -40,9 +39,9 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any] | No
         return None
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
+    except Exception as error:  # torch's unpickler raises whatever a damaged file leads it to
         raise TrainingError(f"the checkpoint {path.name!r} can't be read: delete it to begin anew") from error
-    if not isinstance(state, dict) or state.get("version") != VERSION:
+    if not isinstance(state, dict) or state.get("version") != VERSION or not isinstance(state.get("settings"), dict):
         raise TrainingError(f"{path.name!r} is no checkpoint of this version: delete it to begin anew")
     theirs = state["settings"]
     changed = [

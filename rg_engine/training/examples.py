@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
@@ -80,7 +81,10 @@ class Examples:
 
     def part(self, rows: Tensor) -> Examples:
         """The examples of ``rows``."""
-        return dataclasses.replace(self, groups=self.groups[rows], truth=None if self.truth is None else self.truth[rows])
+        some = copy.copy(self)  # without the checks: a part may be all padding
+        object.__setattr__(some, "groups", self.groups[rows])
+        object.__setattr__(some, "truth", None if self.truth is None else self.truth[rows])
+        return some
 
     def split(self, share: float) -> tuple[Examples, Examples | None]:
         """Examples to learn from and, evenly spread among all, ``share`` of them to validate with (None if share is 0)."""

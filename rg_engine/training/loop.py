@@ -66,7 +66,7 @@ class HeadTraining:
         network = head.network.to(self._device).train().requires_grad_(True)
         self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
         self._optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
-        self._scaler = torch.amp.GradScaler(enabled=settings.precision == "fp16")
+        self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.precision == "fp16")
         self._losses = _Losses(head, lesson)
         self._best: dict[str, Tensor] | None = None
         self._best_loss, self._without_better = math.inf, 0
@@ -76,26 +76,30 @@ class HeadTraining:
     def run(self, report: Callable[[Progress], None] | None = None) -> ReadoutHead:
         """Train to the end, or until ``patience`` is spent. Raises TrainingError if a loss is not finite or the disk full.
 
-        What ``report`` raises ends it too; the checkpoint and :meth:`best` stay as they were at the last step.
+        What ``report`` raises ends it too; :meth:`best` stays as it was at the last step, the checkpoint as it was written.
         """
         settings = self._settings
         self._resume()
         model = self._ranks.wrapped(self._losses)
         saved = time.monotonic()
-        while self._step < settings.steps and not (settings.patience and self._without_better >= settings.patience):
+        while not self._finished:
             loss = self._learn(model, draw_step(self._learned, settings, self._step))
             self._step += 1
             validation, shown = None, None
             if self._kept_back is not None and (self._step % settings.validate_every == 0 or self._step == settings.steps):
                 validation, shown = self._validate(draw_validation(self._kept_back, settings))
             self.history.append((self._step, loss, validation))
-            last = self._step == settings.steps
-            if last or time.monotonic() - saved > CHECKPOINT_EVERY_S:
+            if self._finished or time.monotonic() - saved > CHECKPOINT_EVERY_S:
                 self._save()
                 saved = time.monotonic()
             if report is not None:
                 report(Progress(step=self._step, steps=settings.steps, loss=loss, validation=validation, shown=shown))
         return self.best()
+
+    @property
+    def _finished(self) -> bool:
+        settings = self._settings
+        return self._step >= settings.steps or 0 < settings.patience <= self._without_better
 
     def best(self) -> ReadoutHead:
         """The average of the weights: at the best validation, or as it is now; frozen and on the CPU."""
@@ -134,6 +138,12 @@ class HeadTraining:
                 f"the loss of {self._head.name!r} is {loss.item()} at step {self._step}: lower the learning rate, or "
                 f"look at the data{'. The last checkpoint is as it was' if self._checkpoint is not None else ''}"
             )
+        slopes = [p.grad.abs().max() for p in self._head.network.parameters() if p.grad is not None]
+        if not self._scaler.is_enabled() and not torch.isfinite(torch.stack(slopes)).all():  # the scaler skips such steps
+            raise TrainingError(
+                f"the gradient of {self._head.name!r} is not finite at step {self._step}: lower the learning rate, or "
+                "look at the data"
+            )
         self._scaler.step(optimiser)
         self._scaler.update()
         self._average.update_parameters(self._head.network)
@@ -145,8 +155,9 @@ class HeadTraining:
         network = cast(Network, self._average.module.eval())
         average = dataclasses.replace(self._head, network=network)
         losses, shown = [], None
-        for first in range(0, len(draw.latents), self._settings.batch):
-            part = draw.rows(range(first, min(first + self._settings.batch, len(draw.latents))))
+        micro = self._settings.batch // self._settings.accumulate
+        for first in range(0, len(draw.latents), micro):
+            part = draw.rows(range(first, min(first + micro, len(draw.latents))))
             readouts = _read_head(average, self._read(part).on(self._device), part.latents.shape[1], self._learned.cells)
             losses.append(self._lesson.loss(readouts, _on(part.truth, readouts)))
             shown = shown or (readouts[:4, 0].cpu(), None if part.truth is None else part.truth[:4])
@@ -165,6 +176,7 @@ class HeadTraining:
             "kind": self._head.spec.kind,
             "examples": len(self._learned),
             "maps": list(self._head.spec.feature_channels),
+            "weights": sum(parameter.numel() for parameter in self._head.network.parameters()),
         }
         return {**facts, **dataclasses.asdict(self._settings)}
 
@@ -205,7 +217,8 @@ class _Losses(nn.Module):
 
     def forward(self, reading: Reading, truth: Tensor | None, cells: tuple[int, int]) -> Tensor:
         readouts = _read_head(self._head, reading, self._lesson.pictures, cells)
-        return self._lesson.loss(readouts, _on(truth, readouts))
+        with torch.autocast(readouts.device.type, enabled=False):
+            return self._lesson.loss(readouts.float(), _on(truth, readouts))
 
 
 def _read_head(head: ReadoutHead, reading: Reading, pictures: int, cells: tuple[int, int]) -> Tensor:

@@ -71,5 +71,8 @@ def cell_weights(points: Tensor, size: tuple[int, int]) -> Tensor:
     """How a map's cells share points (P, 2) of (x, y) fractions when interpolating between them, (P, H * W), rows of sum
     1."""
     height, width = size
-    cells = torch.eye(height * width, device=points.device, dtype=points.dtype).view(1, height * width, height, width)
-    return gather(cells, points)[0].T
+    x, y = (points * torch.tensor([width, height], device=points.device, dtype=points.dtype) - 0.5).unbind(1)
+    columns, rows = (torch.arange(count, device=points.device) for count in (width, height))
+    across = (1 - (x.clamp(0, width - 1)[:, None] - columns).abs()).clamp_min(0)  # (P, W)
+    down = (1 - (y.clamp(0, height - 1)[:, None] - rows).abs()).clamp_min(0)  # (P, H)
+    return (down[:, :, None] * across[:, None]).flatten(1)

@@ -45,6 +45,9 @@ def loss_plot(history: list[tuple[int, float, float | None]], title: str = "") -
     for line, colour, thickness in zip(lines, (TRAINING, VALIDATION), (1, 3), strict=True):
         if len(line) > 1:
             pen.line([place(*point) for point in line], fill=colour, width=thickness)
+        elif line:
+            x, y = place(*line[0])
+            pen.ellipse((x - 3, y - 3, x + 3, y + 3), fill=colour)
     best = min((check for _, check in lines[1]), default=None)
     words = [title, "loss of each step (grey)"] + ([] if best is None else [f"validation (red), best {best:.4g}"])
     pen.text((left, 8), "    ".join(word for word in words if word), fill="black")

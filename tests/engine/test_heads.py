@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from rg_engine.convert import convert_head
-from rg_engine.errors import HeadFileError
-from rg_engine.heads import load_head, save_head, to_authors_layout
+from rg_engine.errors import HeadFileError, TargetError
+from rg_engine.heads import HeadSpec, PixelNetwork, ReadoutHead, load_head, save_head, to_authors_layout
 from rg_engine.heads.files import METADATA_KEY
+from rg_engine.heads.pixel import FREQUENCIES, encode_noise_level
 
 SIZE = (6, 5)
 
@@ -380,3 +381,127 @@ def test_damaged_metadata_is_refused(make_head, tmp_path, text):
     save_file(make_head().network.state_dict(), path, metadata={METADATA_KEY: text})
     with pytest.raises(HeadFileError, match="damaged metadata"):
         load_head(path)
+
+
+# The per-pixel network
+
+PIXEL_CHANNELS, LEVELS = (8, 12, 32), torch.tensor([0.2, 0.7])  # the maps of make_features
+
+
+@pytest.fixture
+def pixel_head():
+    """A small per-pixel head with random weights."""
+    network = PixelNetwork(PIXEL_CHANNELS, output_channels=4, widths=(24, 16, 8)).eval().requires_grad_(False)
+    spec = HeadSpec(kind="lgp", feature_channels=PIXEL_CHANNELS, activation="none", backbone="SD1.5", training={"steps": 7})
+    return ReadoutHead(network=network, spec=spec, name="a pixel head")
+
+
+def test_a_per_pixel_readout_is_the_latent_s_own_size_and_channels(pixel_head, make_features):
+    assert pixel_head.read(*make_features(2), SIZE, LEVELS).shape == (2, 4, *SIZE)
+    assert (pixel_head.output_channels, pixel_head.emb_width) == (4, None)
+
+
+def test_a_per_pixel_network_has_the_paper_s_widths():
+    network = PixelNetwork((3, 5), output_channels=4)
+    assert [tuple(layer.weight.shape) for layer in network.layers] == [(256, 512), (128, 256), (64, 128), (4, 64)]
+    assert [layer.weight.shape[1] for layer in network.map_layers] == [3, 5]
+
+
+def test_a_per_pixel_readout_depends_on_its_own_place_only(pixel_head):
+    maps = [torch.randn(1, channels, *SIZE) for channels in PIXEL_CHANNELS]  # of the latent's size: no resize
+    before = pixel_head.read(maps, None, SIZE, LEVELS[:1])
+    for map_ in maps:
+        map_[..., 3, 2] += 1
+    changed = (pixel_head.read(maps, None, SIZE, LEVELS[:1]) - before).abs().amax(1)[0] > 1e-4
+    assert changed.nonzero().tolist() == [[3, 2]]
+
+
+def test_a_per_pixel_network_on_resized_maps_is_the_same_mlp_at_every_place(pixel_head, make_features):
+    features, _ = make_features(2)
+    network = pixel_head.network.double()
+    resized = [F.interpolate(f.double(), SIZE, mode="bilinear") for f in features]
+    x = torch.cat(resized, 1).permute(0, 2, 3, 1)  # (B, H, W, C), as the paper concatenates them
+    first = torch.cat([layer.weight[:, :, 0, 0] for layer in network.map_layers], 1)
+    x = x @ first.T + network.noise_layer(encode_noise_level(LEVELS).double())[:, None, None]
+    for norm, layer in zip(network.norms, network.layers, strict=True):
+        x = layer(norm(x.relu()))
+    torch.testing.assert_close(network(features, LEVELS, SIZE), x.permute(0, 3, 1, 2))
+
+
+def test_the_noise_level_matters_picture_by_picture_and_must_be_given(pixel_head, make_features):
+    features, emb = make_features(2)
+    plain, other = (pixel_head.read(features, emb, SIZE, torch.tensor([0.2, level])) for level in (0.7, 0.71))
+    assert torch.equal(plain[0], other[0])
+    assert not torch.allclose(plain[1], other[1])
+    assert torch.equal(pixel_head.read(features, None, SIZE, torch.tensor([0.2, 0.7])), plain), "it reads no emb"
+    with pytest.raises(TargetError, match="'a pixel head' reads the noise level: pass noise_level"):
+        pixel_head.read(features, emb, SIZE)
+
+
+def test_the_encoding_tells_noise_levels_apart():
+    levels = torch.linspace(0, 1, 101)
+    encoded = encode_noise_level(levels)
+    assert encoded.shape == (101, 2 * FREQUENCIES)
+    assert encoded.abs().max() <= 1
+    distances = torch.cdist(encoded, encoded) + 10 * torch.eye(101)
+    assert distances.min() > 0.5
+    torch.testing.assert_close(encode_noise_level(torch.tensor([0.5]))[0, [0, FREQUENCIES]], torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.float16])
+def test_a_per_pixel_head_is_saved_and_loaded(pixel_head, make_features, tmp_path, dtype):
+    save_head(pixel_head, tmp_path / "h.safetensors", dtype)
+    loaded = load_head(tmp_path / "h.safetensors")
+    assert loaded.spec == pixel_head.spec
+    assert not any(p.requires_grad for p in loaded.network.parameters())
+    features, emb = make_features(2)
+    readout, expected = (head.read(features, emb, SIZE, LEVELS) for head in (loaded, pixel_head))
+    if dtype is None:
+        assert torch.equal(readout, expected)
+    torch.testing.assert_close(readout, expected, rtol=0.01, atol=0.01)
+
+
+@pytest.mark.parametrize("told", [None, "lgp"])
+def test_a_per_pixel_head_is_known_by_its_tensors(pixel_head, tmp_path, told):
+    save_file(pixel_head.network.state_dict(), tmp_path / "appearance.safetensors")
+    loaded = load_head(tmp_path / "appearance.safetensors", told)
+    assert loaded.spec.kind == "lgp"
+    assert loaded.spec.feature_channels == PIXEL_CHANNELS
+    assert same_tensors(loaded, pixel_head)
+
+
+@pytest.mark.parametrize("told", ["spatial", "keypoint", "appearance", "correspondence"])
+def test_a_per_pixel_head_is_of_no_other_kind(pixel_head, tmp_path, told):
+    save_head(pixel_head, tmp_path / "h.safetensors")
+    with pytest.raises(HeadFileError, match=f"can't be read as {told}: it is a per-pixel network. Choose lgp or auto"):
+        load_head(tmp_path / "h.safetensors", told)
+
+
+@pytest.mark.parametrize("damage", ["missing", "larger", "a number"])
+@pytest.mark.parametrize(
+    "key",
+    ["map_layers.1.weight", "noise_layer.bias", "norms.0.weight", "layers.0.weight", "layers.2.weight", "layers.2.bias"],
+)
+def test_a_damaged_tensor_of_a_per_pixel_head_is_named(pixel_head, tmp_path, key, damage):
+    tensors = pixel_head.network.state_dict()
+    value = tensors.pop(key)
+    if damage != "missing":
+        tensors[key] = torch.cat([value, value[:1]]) if damage == "larger" else torch.tensor(1.0)
+    save_file(tensors, tmp_path / "h.safetensors")
+    with pytest.raises(HeadFileError, match=rf"'h\.safetensors' is not a complete readout head.*{key.split('.')[0]}"):
+        load_head(tmp_path / "h.safetensors")
+
+
+@pytest.mark.parametrize("part", ["map_layers.", "layers."])
+def test_a_per_pixel_head_without_layers_is_refused(pixel_head, tmp_path, part):
+    tensors = {key: value for key, value in pixel_head.network.state_dict().items() if not key.startswith(part)}
+    save_file(tensors, tmp_path / "h.safetensors")
+    with pytest.raises(HeadFileError, match=r"not a complete readout head: .*layers"):
+        load_head(tmp_path / "h.safetensors")
+
+
+def test_the_authors_layout_has_no_place_for_a_per_pixel_head(pixel_head, tmp_path):
+    save_head(pixel_head, tmp_path / "h.safetensors")
+    with pytest.raises(HeadFileError, match="per-pixel head, which the authors' layout has no place for"):
+        convert_head(tmp_path / "h.safetensors", tmp_path / "h.pt")
+    assert not (tmp_path / "h.pt").exists()

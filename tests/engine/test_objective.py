@@ -7,10 +7,12 @@ import torch
 
 from rg_engine.errors import TargetError
 from rg_engine.guidance import Branch, Objective, Target
-from rg_engine.losses import appearance_loss, correspondence_loss, spatial_loss
+from rg_engine.heads import HeadSpec, PixelNetwork, ReadoutHead
+from rg_engine.losses import appearance_loss, correspondence_loss, sketch_loss, spatial_loss
 from rg_engine.types import Drag
 
 SIZE, BATCH, CPU = (8, 8), 2, torch.device("cpu")
+CHANNELS = (8, 12, 32)  # of make_features
 DRAGS = (Drag((0.2, 0.3), (0.6, 0.55)), Drag((0.9, 0.1), (0.8, 0.4)))
 
 
@@ -21,9 +23,15 @@ def branch(make_features):
     def make(seed=0, z_scale=1.0):
         features, emb = make_features(BATCH, seed)
         z = torch.randn(BATCH, 4, *SIZE, generator=torch.Generator().manual_seed(seed)) * z_scale
-        return Branch(features=features, emb=emb, z=z)
+        return Branch(features=features, emb=emb, z=z, noise_level=torch.linspace(0.3, 0.6, BATCH))
 
     return make
+
+
+@pytest.fixture
+def sketch_head():
+    network = PixelNetwork(CHANNELS, output_channels=4, widths=(16, 8)).eval().requires_grad_(False)
+    return ReadoutHead(network=network, spec=HeadSpec(kind="lgp", feature_channels=CHANNELS), name="a sketch head")
 
 
 @pytest.fixture
@@ -111,6 +119,44 @@ def test_a_correspondence_target_follows_its_drags_from_the_source(make_head, br
         truncate=truncate,
     )
     torch.testing.assert_close(drag.loss(guided, [0], drag.source_step(start))[0], expected)
+
+
+@pytest.mark.parametrize("given", [torch.rand(1, 5, 8, 8), torch.rand(BATCH, 5, 8, 8)], ids=["one for all", "one for each"])
+def test_a_keypoint_target_compares_heat_maps_with_the_readout_given(make_head, branch, given):
+    head, b = make_head("keypoint", output_channels=5, activation="none", control_range=(0.0, 1.0)), branch()
+    mask = torch.rand(1, *SIZE)
+    loss, readouts = objective(Target(head=head, readout=given, mask=mask, weight=2.0)).loss(b, [0])
+    control, region = given.expand(BATCH, -1, -1, -1), mask[None].expand(BATCH, -1, -1, -1)
+    expected = spatial_loss(readouts[0], control, control_range=(0.0, 1.0), z_extent=extent(b.z), mask=region)
+    torch.testing.assert_close(loss, 2 * expected)
+    assert torch.equal(readouts[0], head.read(b.features, b.emb, SIZE))
+
+
+@pytest.mark.parametrize("what", ["reference_latent", "readout"])
+def test_an_lgp_target_compares_encoded_edges_with_the_sketch_at_its_noise_level(sketch_head, branch, what):
+    b, sketch, mask = branch(), torch.randn(1, 4, *SIZE), torch.rand(BATCH, *SIZE)
+    target = Target(head=sketch_head, mask=mask, **{what: sketch})
+    loss, readouts = objective(target).loss(b, [0])
+    readout = sketch_head.network(b.features, b.noise_level, SIZE)
+    torch.testing.assert_close(loss, sketch_loss(readout, sketch, mask=mask[:, None]))
+    torch.testing.assert_close(loss, ((readout - sketch).square() * mask[:, None]).sum((1, 2, 3)) / mask.sum((1, 2)) / 4)
+    assert torch.equal(readouts[0], readout)
+    assert not objective(target).needs_source
+
+
+def test_an_lgp_head_in_a_branch_without_a_noise_level_says_what_it_needs(sketch_head, branch):
+    b = branch()
+    nameless = Branch(features=b.features, emb=b.emb, z=b.z)
+    with pytest.raises(TargetError, match="'a sketch head' reads the noise level"):
+        objective(Target(head=sketch_head, readout=torch.randn(1, 4, *SIZE))).loss(nameless, [0])
+
+
+def test_a_target_is_met_where_the_readout_is_the_one_given(make_head, sketch_head, branch):
+    b = branch()
+    for head in (make_head("keypoint", output_channels=5), make_head(), sketch_head):
+        readout = head.read(b.features, b.emb, SIZE, b.noise_level)
+        loss, _ = objective(Target(head=head, readout=readout)).loss(b, [0])
+        torch.testing.assert_close(loss, torch.zeros(BATCH))
 
 
 def test_of_the_source_only_the_readouts_that_are_compared_with_it_are_kept(make_head, branch, image):

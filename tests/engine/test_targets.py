@@ -44,13 +44,26 @@ DRAGS = (Drag((0.1, 0.2), (0.3, 0.4)),)
         ("appearance", {"reference_latent": torch.full((1, 4, 8, 8), math.nan)}, "reference_latent .*NaN"),
         ("correspondence", {}, "connect drag_points"),
         ("correspondence", {"drags": ()}, "connect drag_points"),
-        ("keypoint", {}, "keypoint head, which can be read out but not steer yet"),
-        ("lgp", {}, "lgp head, which can be read out but not steer yet"),
+        ("keypoint", {}, "connect readout"),
+        ("lgp", {}, "connect reference_latent"),
+        ("spatial", {"readout": torch.rand(1, 2, 8, 8)}, "reads 3 channels but readout has 2"),
+        ("spatial", {"readout": torch.rand(3, 8, 8)}, "readout .*expected 4 dimensions"),
+        ("keypoint", {"readout": torch.rand(1, 3, 8, 8)}, "reads 5 channels but readout has 3"),
+        ("keypoint", {"readout": torch.full((1, 5, 8, 8), math.nan)}, "readout .*NaN"),
+        ("keypoint", {"image": IMAGE}, "connect readout"),
+        ("lgp", {"reference_latent": torch.rand(1, 16, 8, 8)}, "reads 5 channels but reference_latent has 16"),
+        ("lgp", {"readout": torch.rand(1, 1, 8, 8)}, "reads 5 channels but readout has 1"),
+        ("lgp", {"reference_latent": torch.full((1, 5, 8, 8), math.inf)}, "reference_latent .*infinite"),
+        ("lgp", {"image": IMAGE}, "connect reference_latent"),
     ],
 )
 def test_a_bad_target_is_refused_in_words(make_head, kind, given, words):
+    channels = 5 if kind in ("keypoint", "lgp") else None
     with pytest.raises(TargetError, match=words):
-        Target(head=make_head(kind, name="my head"), **{"image": IMAGE if kind == "spatial" else None, **given})
+        Target(
+            head=make_head(kind, name="my head", output_channels=channels),
+            **{"image": IMAGE if kind == "spatial" else None, **given},
+        )
 
 
 def test_good_targets_of_each_kind_are_accepted_and_say_whether_they_need_a_source(make_head):
@@ -58,12 +71,16 @@ def test_good_targets_of_each_kind_are_accepted_and_say_whether_they_need_a_sour
     look = Target(head=make_head("appearance"))
     other_look = Target(head=make_head("appearance"), reference_latent=torch.zeros(1, 4, 8, 8))
     drag = Target(head=make_head("correspondence"), drags=DRAGS)
-    assert [target.needs_source for target in (spatial, look, other_look, drag)] == [False, True, False, True]
+    pose = Target(head=make_head("keypoint", output_channels=5), readout=torch.zeros(1, 5, 6, 7))
+    sketch = Target(head=make_head("lgp", output_channels=5), reference_latent=torch.zeros(1, 5, 8, 8))
+    everything = (spatial, look, other_look, drag, pose, sketch)
+    assert [target.needs_source for target in everything] == [False, True, False, True, False, False]
+    assert [target.needs_reference for target in everything] == [False, False, True, False, False, False]
 
 
-@pytest.mark.parametrize("what", ["image", "mask", "reference_latent"])
+@pytest.mark.parametrize("what", ["image", "mask", "reference_latent", "readout"])
 def test_pictures_are_one_or_one_for_each_latent(make_head, what):
-    shape = {"image": (8, 8, 3), "mask": (8, 8), "reference_latent": (4, 8, 8)}[what]
+    shape = {"image": (8, 8, 3), "mask": (8, 8), "reference_latent": (4, 8, 8), "readout": (3, 8, 8)}[what]
 
     def target(batch):
         return Target(head=make_head(), **{"image": IMAGE, what: torch.ones(batch, *shape)})
@@ -113,6 +130,24 @@ def test_a_control_lies_in_the_head_s_range_for_every_picture_of_the_batch(make_
 def test_a_head_of_one_channel_is_compared_with_the_mean_of_the_colours(make_head):
     target = Target(head=make_head(output_channels=1, control_range=(0.0, 1.0)), image=IMAGE)
     torch.testing.assert_close(target.control((8, 8), 1, CPU), IMAGE.mean(-1)[:, None])
+
+
+@pytest.mark.parametrize(
+    ("kind", "what"), [("spatial", "readout"), ("keypoint", "readout"), ("lgp", "readout"), ("lgp", "reference_latent")]
+)
+def test_what_a_head_has_read_is_a_control_as_it_is(make_head, kind, what):
+    given = 3 * torch.randn(1, 5, 4, 6)
+    target = Target(head=make_head(kind, output_channels=5, control_range=(0.0, 1.0)), **{what: given})
+    assert torch.equal(target.control((4, 6), 2, CPU), given.expand(2, -1, -1, -1))
+    torch.testing.assert_close(target.control((2, 3), 1, CPU), given.view(1, 5, 2, 2, 3, 2).mean((3, 5)))
+
+
+def test_a_readout_goes_before_an_image_or_a_latent(make_head):
+    maps, latent = torch.randn(2, 1, 5, 4, 4)
+    spatial = Target(head=make_head(output_channels=3), image=IMAGE, readout=maps[:, :3])
+    sketch = Target(head=make_head("lgp", output_channels=5), reference_latent=latent, readout=maps)
+    assert torch.equal(spatial.control((4, 4), 1, CPU), maps[:, :3])
+    assert torch.equal(sketch.control((4, 4), 1, CPU), maps)
 
 
 def test_a_region_is_the_mask_at_latent_size(make_head):

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from rg_engine.guidance import ReferenceUpdate, rms_step
+from rg_engine.guidance import ReferenceUpdate, norm_ratio_length, rms_step
 
 
 def rms(x):
@@ -98,3 +98,27 @@ def test_a_reference_update_does_not_move_where_the_gradient_is_not_finite(gradi
     gradient[0, 0, 0] = torch.tensor([math.nan, math.inf, -math.inf])
     moved = ReferenceUpdate(z, strength=1.0).step(gradient)
     assert (moved == 0).nonzero().tolist() == [[0, 0, 0, 0], [0, 0, 0, 1], [0, 0, 0, 2]]
+
+
+def test_a_norm_ratio_move_is_the_paper_s_alpha_times_the_gradient(gradients):
+    """Sketch-Guided Diffusion, eq. 5-6: alpha = |z_t - z_{t-1}| / |gradient| * beta, with beta 1.6."""
+    z, next_z = torch.randn(2, 2, 4, 3, 3)
+    length = norm_ratio_length(z, next_z, 0.5)
+    assert length.shape == (2, 1, 1, 1)
+    alpha = (z - next_z).flatten(1).norm(dim=1) / gradients[0].flatten(1).norm(dim=1) * 1.6 * 0.5
+    torch.testing.assert_close(rms_step(gradients[0], length), -alpha[:, None, None, None] * gradients[0])
+
+
+def test_a_norm_ratio_move_is_in_each_picture_s_own_proportion_and_0_where_the_sampler_stays():
+    z, next_z = torch.randn(2, 3, 4, 3, 3)
+    next_z[1] = z[1]
+    next_z[2] = z[2] - 3 * (z[0] - next_z[0])
+    lengths = norm_ratio_length(z, next_z, 1.0).flatten()
+    assert lengths[1] == 0
+    torch.testing.assert_close(lengths[2], 3 * lengths[0])
+    torch.testing.assert_close(lengths[0], 1.6 * (z[0] - next_z[0]).square().mean().sqrt())
+
+
+def test_a_norm_ratio_length_is_taken_in_fp32():
+    z, next_z = torch.full((1, 4, 8, 8), 300.0).half(), torch.zeros(1, 4, 8, 8).half()
+    assert norm_ratio_length(z, next_z, 1.0).item() == pytest.approx(1.6 * 300)  # its square is beyond fp16

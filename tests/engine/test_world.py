@@ -10,10 +10,30 @@ import torch
 
 from rg_engine.demo.estimator import joint_positions
 from rg_engine.demo.measure import chamfer_px, mean_and_error
-from rg_engine.demo.render import FIGURE_PART, correspondences, edge_map, joint_heatmaps, pose_map, render
-from rg_engine.demo.scene_pictures import sample_scenes, scene_pictures
+from rg_engine.demo.render import (
+    FIGURE_PART,
+    correspondences,
+    edge_map,
+    joint_heatmaps,
+    pose_map,
+    render,
+    scene_tracks,
+)
+from rg_engine.demo.scene_pictures import HEATMAP_PX, TRACKED_POINTS, sample_scenes, scene_pictures
 from rg_engine.demo.text import MAX_TOKENS, WORDS, pad, tokenize
-from rg_engine.demo.world import BONES, WALL_BASE, Scene, Solid, disparity, sample_figure
+from rg_engine.demo.world import (
+    BONES,
+    JOINTS,
+    WALL_BASE,
+    Identity,
+    Scene,
+    Solid,
+    disparity,
+    sample_elsewhere,
+    sample_figure,
+    sample_identity,
+    sample_other_identity,
+)
 
 SIZE_PX = 128
 HEAD = FIGURE_PART + len(BONES)
@@ -183,7 +203,8 @@ def test_unknown_words_are_reported_and_long_prompts_cut():
 
 
 def test_scene_pictures_are_batches_of_the_same_scenes(scenes):
-    picture, pose, depth, edges, caption = scene_pictures(5, 2)
+    drawn = scene_pictures(5, 2)
+    picture, pose, depth, edges, caption = drawn.picture, drawn.pose, drawn.depth, drawn.edges, drawn.captions[0]
     drawn = render(scenes[1])
     for batch in (picture, pose, depth, edges):
         assert batch.shape == (2, SIZE_PX, SIZE_PX, 3)
@@ -192,6 +213,131 @@ def test_scene_pictures_are_batches_of_the_same_scenes(scenes):
     assert depth[1, ..., 0].numpy() == pytest.approx(drawn.depth)
     assert edges[1, ..., 0].numpy() == pytest.approx(edge_map(drawn.image))
     assert caption == scenes[0].caption()
+
+
+# Pairs and triplets
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    """Scenes with a figure and the same things elsewhere, with their renderings."""
+    scenes = sample_scenes(seed=8, count=6, sequence="pairs")
+    return [(scenes[i : i + 2], [render(scene) for scene in scenes[i : i + 2]]) for i in range(0, 12, 2)]
+
+
+def things(scene):
+    """What stands in a scene, wherever it stands."""
+    return [(solid.shape, solid.colour, solid.size) for solid in scene.solids], scene.wall
+
+
+@pytest.mark.parametrize("identity", [None, Identity(colour="red", shirt="blue", thickness=0.06)])
+def test_elsewhere_are_the_same_things_in_other_places(identity):
+    for scene in sample_scenes(seed=9, count=20, sequence="pairs")[::2]:
+        other = sample_elsewhere(np.random.default_rng(1), scene, identity)
+        assert things(other) == things(scene)
+        assert other.figure.identity == (identity or scene.figure.identity)
+        assert (other.figure.x, other.figure.pose) != (scene.figure.x, scene.figure.pose)
+        assert all(a.x != b.x and a.base_y != b.base_y for a, b in zip(scene.solids, other.solids, strict=True))
+
+
+def test_another_identity_has_another_colour_another_shirt_or_both():
+    rng = np.random.default_rng(3)
+    ways = set()
+    for _ in range(200):
+        one = sample_identity(rng)
+        other = sample_other_identity(rng, one)
+        ways.add((other.colour == one.colour, other.shirt == one.shirt))
+    assert ways == {(True, False), (False, True), (False, False)}
+
+
+def test_scenes_come_in_pairs_and_triplets_of_a_figure():
+    plain, pairs, triplets = (sample_scenes(10, 5, sequence=name) for name in ("scenes", "pairs", "triplets"))
+    assert (len(plain), len(pairs), len(triplets)) == (5, 10, 15)
+    assert [triplets[i] for i in range(15) if i % 3 < 2] == pairs
+    for anchor, same, other in zip(triplets[::3], triplets[1::3], triplets[2::3], strict=True):
+        assert anchor.figure.identity == same.figure.identity != other.figure.identity
+        assert things(anchor) == things(same) == things(other)
+        assert len({anchor.figure.pose, same.figure.pose, other.figure.pose}) == 3
+
+
+@pytest.mark.parametrize("sequence", ["scenes", "pairs", "triplets"])
+@pytest.mark.parametrize("figure_only", [False, True])
+def test_the_first_of_a_sequence_are_the_same_whatever_the_count(sequence, figure_only):
+    few, many = (sample_scenes(11, count, figure_only, sequence) for count in (2, 7))
+    assert many[: len(few)] == few
+    assert sample_scenes(12, 2, figure_only, sequence) != few
+    if figure_only:
+        assert not any(scene.solids for scene in many)
+
+
+def test_tracks_lie_on_the_same_part_in_both_pictures(pairs):
+    parts = set()
+    for (a, b), (drawn_a, drawn_b) in pairs:
+        points = scene_tracks(a, b, drawn_a.parts, drawn_b.parts, 40, np.random.default_rng(0))
+        assert 20 < len(points) <= 40
+        assert 0 <= points.min() <= points.max() < 1
+        (xa, ya), (xb, yb) = np.floor(points * SIZE_PX).astype(int).transpose(1, 2, 0)
+        found = drawn_a.parts[ya, xa]
+        assert np.array_equal(found, drawn_b.parts[yb, xb])
+        room = found == 0
+        assert np.array_equal(points[room, 0], points[room, 1]), "the room stays where it is"
+        assert not np.isclose(points[~room, 0], points[~room, 1]).all(1).any(), "what stands in it has moved"
+        parts |= set(found.tolist())
+    assert {0, HEAD + 1} < parts, "the room, a solid and the figure"
+    assert len(parts) > 8
+
+
+def test_a_solid_s_points_keep_their_place_on_it():
+    near, far = (Solid(shape="box", colour="red", x=x, base_y=y, size=0.14) for x, y in ((0.3, 0.95), (0.7, 0.8)))
+    a, b = (Scene(figure=None, solids=(solid,), wall="grey") for solid in (near, far))
+    points = scene_tracks(a, b, render(a).parts, render(b).parts, 30, np.random.default_rng(0))
+    moved = points[~(points[:, 0] == points[:, 1]).all(1)]
+    places = [(moved[:, k] - (s.x, s.base_y)) / (s.size * disparity(s.base_y)) for k, s in enumerate((near, far))]
+    assert len(moved) > 5
+    assert places[0] == pytest.approx(places[1])
+    assert np.abs(places[0][:, 0]).max() < 1.1
+
+
+def test_tracks_of_scenes_without_a_figure_lie_on_solids_and_the_room_and_an_empty_room_stays():
+    empty = Scene(figure=None, solids=(), wall="pink")
+    parts = render(empty).parts
+    points = scene_tracks(empty, empty, parts, parts, 12, np.random.default_rng(0))
+    assert points.shape == (12, 2, 2)
+    assert np.array_equal(points[:, 0], points[:, 1])
+    assert len(np.unique(points[:, 0], axis=0)) > 6
+
+
+def test_pictures_of_pairs_come_with_their_tracks(pairs):
+    drawn = scene_pictures(8, 2, sequence="pairs")
+    assert drawn.scenes == [scene for scenes, _ in pairs[:2] for scene in scenes]
+    assert drawn.captions == [scene.caption() for scene in drawn.scenes]
+    assert drawn.picture.shape == (4, SIZE_PX, SIZE_PX, 3)
+    assert drawn.tracks.shape == (2, TRACKED_POINTS, 2, 2)
+    for tracks, (_, (drawn_a, drawn_b)) in zip(drawn.tracks, pairs, strict=False):
+        given = tracks[~tracks.isnan().flatten(1).any(1)].numpy()
+        assert len(given) > 10
+        (xa, ya), (xb, yb) = np.floor(given * SIZE_PX).astype(int).transpose(1, 2, 0)
+        assert np.mean(drawn_a.parts[ya, xa] == drawn_b.parts[yb, xb]) == 1
+    again = scene_pictures(8, 1, sequence="pairs")
+    assert torch.equal(again.tracks.nan_to_num(), drawn.tracks[:1].nan_to_num())
+    assert torch.equal(again.picture, drawn.picture[:2])
+
+
+def test_pictures_of_triplets_and_single_scenes_have_no_tracks():
+    assert scene_pictures(8, 1).tracks.shape == (0, TRACKED_POINTS, 2, 2)
+    drawn = scene_pictures(8, 1, sequence="triplets")
+    assert drawn.picture.shape[0] == len(drawn.scenes) == 3
+    assert drawn.tracks.shape == (0, TRACKED_POINTS, 2, 2)
+
+
+def test_pictures_come_with_a_heat_map_for_each_joint():
+    drawn = scene_pictures(6, 2, figure_only=True)
+    assert drawn.keypoints.shape == (2, len(JOINTS), HEATMAP_PX, HEATMAP_PX)
+    for maps, scene in zip(drawn.keypoints, drawn.scenes, strict=True):
+        peaks = maps.flatten(1).argmax(1)
+        found = torch.stack([peaks % HEATMAP_PX, peaks // HEATMAP_PX], 1)
+        assert ((found + 0.5) / HEATMAP_PX).numpy() == pytest.approx(scene.figure.joints(), abs=0.51 / HEATMAP_PX)
+        assert 0.8 < maps.amax() <= 1
 
 
 # Measures
