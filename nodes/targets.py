@@ -32,13 +32,24 @@ class ReadoutTargetNode(io.ComfyNode):
                     "first half; later guidance holds details but costs quality.",
                 ),
                 io.Image.Input("image", optional=True, tooltip="The control picture, of any size; cropped to the aspect."),
-                io.Mask.Input("mask", optional=True, tooltip="Where the target counts (white)."),
+                io.Mask.Input(
+                    "mask", optional=True,
+                    tooltip="Where the target counts (white). With drags: what may move; the rest stays as in the "
+                    "picture without drags.",
+                ),
                 DragPoints.Input("drag_points", optional=True, tooltip="Arrows from Drag Points."),
-                io.Latent.Input("reference_latent", optional=True, tooltip="The picture whose look to keep; for an lgp "
-                    "head the encoded edge map."),
+                io.Latent.Input(
+                    "reference_latent", optional=True,
+                    tooltip="The picture whose look to keep; for an lgp head the encoded edge map.",
+                ),
                 ReadoutTarget.Input("previous", optional=True, tooltip="Another target to follow as well."),
                 Readout.Input(
                     "readout", optional=True, tooltip="What the head reads in another picture (Read Out), instead of image."
+                ),
+                io.Mask.Input(
+                    "reference_mask", optional=True,
+                    tooltip="For an appearance head: what in reference_latent to keep, wherever it stands. mask is "
+                    "then where it should be found.",
                 ),
             ],
             outputs=[ReadoutTarget.Output("TARGET", display_name="READOUT_TARGET")],
@@ -53,7 +64,7 @@ class ReadoutTargetNode(io.ComfyNode):
     @classmethod
     def execute(
         cls, head, weight, start_percent, end_percent, image=None, mask=None, drag_points=None, reference_latent=None,
-        previous=None, readout=None,
+        previous=None, readout=None, reference_mask=None,
     ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
             Target(
@@ -63,9 +74,12 @@ class ReadoutTargetNode(io.ComfyNode):
                 end_percent=end_percent,
                 image=image,
                 mask=mask,
-                drags=drag_points,
+                drags=None if drag_points is None else drag_points.drags,
+                frames=1 if drag_points is None else drag_points.frames,
+                drag_aspect=None if drag_points is None else drag_points.aspect,
                 reference_latent=None if reference_latent is None else reference_latent["samples"],
                 readout=readout,
+                reference_mask=reference_mask,
                 previous=previous,
             )
         )

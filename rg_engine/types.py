@@ -27,6 +27,15 @@ Mode = Literal["fast", "reference", "norm_ratio"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DragPoints:
+    """Drags drawn on a picture of an aspect (width / height; None: whatever is made), played in so many frames."""
+
+    drags: tuple[Drag, ...]
+    frames: int = 1
+    aspect: float | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Drag:
     """Move what is at ``start`` to ``end``; both (x, y), fractions 0..1 of the picture, x to the right, y down."""

@@ -6,7 +6,6 @@ pixels, by estimators that have nothing to do with the head that steered.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,20 +16,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..demo import DEMO_HEADS
-from ..demo.estimator import Estimator, joint_positions
-from ..demo.measure import control_errors, load_estimator, mean_and_error
+from ..demo.estimator import joint_positions
+from ..demo.measure import control_errors, mean_and_error
 from ..demo.scene_pictures import ScenePictures, scene_pictures
 from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks, sketch_iou
 from ..errors import ReadoutGuidanceError
 from ..guidance import GuidanceSettings, Target
-from ..heads import ReadoutHead, load_head
+from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
-from .demo_model import load_demo_model
+from .demo_world import World, demo_head, load_world, sample
+from .evaluate_edits import drags_table, identity_table
 from .frozen_model import FrozenModel, with_frozen_model
-from .sampling import guided_ksampler
 
 SCENE_SEED = 4051  # of scenes that no head has seen
 READ_SCENES = 96
@@ -39,17 +37,6 @@ PAIRS = (10, 30, 100, 300, 1000)
 STEPS_OF_A_TRIAL = 1500
 PROMPTS = ("a red figure, grey wall", "a blue figure, cream wall", "a green figure, pink wall", "a yellow figure, teal wall")
 BATCH = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class World:
-    """The demo model and its referee, loaded."""
-
-    model: Any
-    clip: Any
-    vae: Any
-    estimator: Estimator
-    pictures: int  # guided ones for each figure
 
 
 def run_evaluation(out: Path, pictures: int, tables: list[str]) -> dict[str, Any]:
@@ -61,11 +48,10 @@ def run_evaluation(out: Path, pictures: int, tables: list[str]) -> dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     path = out / "evaluation.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    with torch.inference_mode():
-        model, clip, vae = load_demo_model()
-    world = World(model=model, clip=clip, vae=vae, estimator=load_estimator(), pictures=pictures)
+    world = load_world(pictures)
     for name in tables or list(TABLES):
-        report[name] = TABLES[name](world)
+        with torch.inference_mode():
+            report[name] = TABLES[name](world)
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
         print(f"\n{name}\n{markdown(report[name])}\n", flush=True)
     return report
@@ -76,7 +62,7 @@ def heads_table(world: World) -> list[dict[str, Any]]:
     return [
         {
             "head": recipe.name,
-            **_rounded(read_scores(world, _demo_head(recipe), recipe, 0.2)),
+            **_rounded(read_scores(world, demo_head(recipe.name), recipe, 0.2)),
             **_rounded(guided_scores(world, recipe)),
         }
         for recipe in RECIPES
@@ -87,7 +73,7 @@ def timesteps_table(world: World) -> list[dict[str, Any]]:
     """Each head's main score by the part of the diffusion time."""
     rows = []
     for recipe in RECIPES:
-        scores = [read_scores(world, _demo_head(recipe), recipe, time) for time in TIMES]
+        scores = [read_scores(world, demo_head(recipe.name), recipe, time) for time in TIMES]
         name = next(iter(scores[0]))
         rows.append(
             {"head": recipe.name, "score": name, **{f"{t:g}": round(s[name], 3) for t, s in zip(TIMES, scores, strict=True)}}
@@ -143,6 +129,8 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "pairs": pairs_table,
     "conventions": conventions_table,
     "kept_features": kept_features_table,
+    "drags": drags_table,
+    "identity": identity_table,
 }
 
 
@@ -195,7 +183,7 @@ def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) ->
 
 def guided_scores(world: World, recipe: Recipe, head: ReadoutHead | None = None) -> dict[str, float]:
     """What guidance with a head does, measured on finished pixels; unguided and guided."""
-    head = head or _demo_head(recipe)
+    head = head or demo_head(recipe.name)
     match recipe.kind:
         case "spatial":
             return _compare(world, recipe.layer, lambda drawn: Target(head=head, image=getattr(drawn, recipe.layer)))
@@ -216,7 +204,11 @@ def _compare(
         for first in range(0, world.pictures, BATCH):
             drawn = scene_pictures(SCENE_SEED + 1 + first, min(BATCH, world.pictures - first), figure_only=True)
             for mode in ("unguided", *modes):
-                made = sample(world, None if mode == "unguided" else target(drawn), first, len(drawn.scenes), mode)
+                settings = GuidanceSettings(mode="fast" if mode == "unguided" else mode)  # type: ignore[arg-type]
+                start = {"samples": torch.zeros(len(drawn.scenes), 4, 16, 16)}
+                prompt = PROMPTS[first // BATCH % len(PROMPTS)]
+                wanted = None if mode == "unguided" else target(drawn)
+                made = sample(world, wanted, start, settings, prompt=prompt, seed=100 + first)
                 for name, values in _errors(world, control, made, drawn).items():
                     scores.setdefault(f"{mode} {name}", []).append(values)
     means = {name: mean_and_error(np.concatenate(values)) for name, values in scores.items()}
@@ -239,17 +231,6 @@ def _errors(world: World, control: str, made: Tensor, drawn: ScenePictures) -> d
     return errors
 
 
-def sample(world: World, target: Target | None, first: int, count: int, mode: str = "fast") -> Tensor:
-    """Pictures (count, 128, 128, 3) of the evaluation's settings; the same seeds for every target."""
-    settings = GuidanceSettings(mode=mode if mode != "unguided" else "fast")  # type: ignore[arg-type]
-    latent = guided_ksampler(
-        world.model, target, settings, seed=100 + first, steps=30, cfg=3.0, sampler_name="euler_ancestral",
-        scheduler="normal", denoise=1.0, positive=[[world.clip.encode(PROMPTS[first // BATCH % len(PROMPTS)]), {}]],
-        negative=[[world.clip.encode(""), {}]], latent={"samples": torch.zeros(count, 4, 16, 16)},
-    )  # fmt: skip
-    return world.vae.decode(latent["samples"]).clamp(0, 1).cpu()
-
-
 def _sketch_target(world: World, head: ReadoutHead, drawn: ScenePictures) -> Target:
     return Target(head=head, reference_latent=world.vae.encode(drawn.edges))
 
@@ -259,10 +240,6 @@ def _trial(world: World, recipe: Recipe, count: int, **more: Any) -> ReadoutHead
     settings = TrainingSettings(steps=STEPS_OF_A_TRIAL, shift=0.125, **more)
     data, scenes = demo_examples(recipe, count, world.vae, 77, figure_only=True)
     return train_demo_head(world.model, world.clip, recipe, data, scenes, settings)
-
-
-def _demo_head(recipe: Recipe) -> ReadoutHead:
-    return load_head(DEMO_HEADS / f"{recipe.name}.safetensors")
 
 
 def _matching(maps: Tensor, tracks: Tensor) -> dict[str, float]:

@@ -1,0 +1,193 @@
+"""The tables of :mod:`.evaluate` on drags and identities, measured on finished pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..demo.estimator import joint_positions
+from ..demo.render import render
+from ..demo.scene_pictures import sample_scenes
+from ..demo.world import COLOURS, JOINTS
+from ..guidance import GuidanceSettings, Target
+from ..types import Drag
+from .demo_world import World, demo_head, sample
+from .inversion import invert_latent
+
+DRAG_SEED = 6007
+MOVES = ("figure", "arm")
+#: How the drag workflows are set: the correspondence and the appearance target's weights, until when they guide, and how
+#: far.
+CORRESPONDENCE_WEIGHT, APPEARANCE_WEIGHT, END_PERCENT, STRENGTH = 1.0, 1.0, 0.5, 1.0
+INVERSION_STEPS = 50
+FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
+STEPS = 30
+#: How the identity workflow is set.
+IDENTITY_END, IDENTITY_STRENGTH = 0.7, 1.5
+SAME = 0.12  # colours nearer than this are one
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DragTask:
+    """A picture's latent and what is dragged in it: joints' numbers and drags of the same order; anchors are not
+    measured."""
+
+    drags: tuple[Drag, ...]
+    joints: tuple[int, ...]
+
+
+def drag_tasks(joints: Tensor, move: str, rng: np.random.Generator) -> DragTask | None:
+    """Drags for a picture whose joints (14, 2) are known; None where there is no room for the move."""
+    places = joints.double().numpy()
+    if move == "figure":
+        numbers = tuple(JOINTS.index(name) for name in FIGURE_ARROWS)
+        left, right = 0.05 - places[:, 0].min(), 0.95 - places[:, 0].max()
+        choices = [shift for shift in (-0.2, 0.2) if left <= shift <= right]
+        if not choices:
+            return None
+        shift = np.array([choices[int(rng.integers(len(choices)))], 0.0])
+        return _task({k: places[k] + shift for k in numbers}, places)
+    side = str(rng.choice(["right", "left"]))
+    shoulder, elbow, wrist = (JOINTS.index(f"{side} {name}") for name in ("shoulder", "elbow", "wrist"))
+    for angle in rng.permutation([-1.2, -0.9, 0.9, 1.2]):
+        turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+        goals = {k: places[shoulder] + turn @ (places[k] - places[shoulder]) for k in (elbow, wrist)}
+        inside = all(0.04 < v < 0.96 for goal in goals.values() for v in goal)
+        if inside and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
+            return _task(goals, places, anchors=("head", "right hip", "left hip"))
+    return None
+
+
+def drags_table(world: World) -> list[dict[str, Any]]:
+    """Drags of the whole figure and of an arm, in generated and in inverted pictures.
+
+    distance: of the dragged joints to their goals, in pixels, before and after. elsewhere: mean difference of the pixels
+    outside of what moved from the source, of the dragged picture and of one of another seed.
+    """
+    rows = []
+    for source in ("generated", "inverted"):
+        for move in MOVES:
+            rows.append({"pictures": source, "move": move, **_measure_drags(world, source, move)})
+    return rows
+
+
+def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
+    found: dict[str, list[float]] = {}
+    done, number = 0, 0
+    scenes = sample_scenes(DRAG_SEED, 4 * world.pictures, figure_only=True)
+    while done < world.pictures and number < len(scenes):
+        scene, seed = scenes[number], 900 + number
+        rng = np.random.default_rng([DRAG_SEED, number])
+        number += 1
+        start: dict[str, Any] = {"samples": torch.zeros(1, 4, 16, 16)}
+        sampling: dict[str, Any] = {"prompt": scene.caption(), "seed": seed, "steps": STEPS}
+        if source == "inverted":
+            picture = torch.from_numpy(render(scene).image / np.float32(255))[None]
+            prompt = [[world.clip.encode(scene.caption()), {}]]
+            latent = {"samples": world.vae.encode(picture)}
+            start, error = invert_latent(world.model, latent, steps=INVERSION_STEPS, scheduler="normal", positive=prompt)
+            sampling |= {"steps": INVERSION_STEPS, "cfg": 1.0, "sampler_name": "euler"}
+        before = sample(world, None, start, **sampling)
+        joints = _joints(world, before)
+        task = drag_tasks(joints, move, rng)
+        if task is None:
+            continue
+        after = sample(world, drag_target(task.drags), start, GuidanceSettings(strength=STRENGTH), **sampling)
+        goals = torch.tensor([drag.end for drag in task.drags[: len(task.joints)]])
+        kept = ~_moved_region(joints, task)
+        other = sample(world, None, {"samples": torch.zeros(1, 4, 16, 16)}, **{**sampling, "seed": seed + 5000})
+        values = {
+            "distance before": _distance_px(joints[list(task.joints)], goals),
+            "distance after": _distance_px(_joints(world, after)[list(task.joints)], goals),
+            "elsewhere": float((after - before)[0].abs().mean(-1)[kept].mean()),
+            "elsewhere, another seed": float((other - before)[0].abs().mean(-1)[kept].mean()),
+        }
+        if source == "inverted":
+            values["inversion error"] = error
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+        done += 1
+    return {"drags": done, **{name: float(f"{np.mean(each):.3g}") for name, each in found.items()}}
+
+
+def drag_target(drags: tuple[Drag, ...], mask: Tensor | None = None) -> Target:
+    """What the drag workflows chain: a correspondence and an appearance target."""
+    look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
+    return Target(
+        head=demo_head("demo_correspondence"), weight=CORRESPONDENCE_WEIGHT, end_percent=END_PERCENT, drags=drags, mask=mask,
+        previous=look if APPEARANCE_WEIGHT else None,
+    )  # fmt: skip
+
+
+def identity_table(world: World) -> list[dict[str, Any]]:
+    """Pictures of 'a figure' with the look of another picture's figure: how far its colours are from the reference's."""
+    scenes = sample_scenes(DRAG_SEED + 1, world.pictures, figure_only=True)
+    unguided, guided = [], []
+    for number, scene in enumerate(scenes):
+        drawn = render(scene)
+        reference = world.vae.encode(torch.from_numpy(drawn.image / np.float32(255))[None])
+        region = torch.from_numpy(drawn.figure_mask.astype(np.float32))[None]
+        target = Target(
+            head=demo_head("demo_appearance"), reference_latent=reference, reference_mask=region, end_percent=IDENTITY_END
+        )
+        start = {"samples": torch.zeros(1, 4, 16, 16)}
+        sampling: dict[str, Any] = {"prompt": f"a figure, {scene.wall} wall", "seed": 300 + number, "steps": STEPS}
+        unguided.append(colour_distance(world, sample(world, None, start, **sampling), scene))
+        made = sample(world, target, start, GuidanceSettings(strength=IDENTITY_STRENGTH), **sampling)
+        guided.append(colour_distance(world, made, scene))
+    rows = []
+    for name, each in (("unguided", unguided), ("guided", guided)):
+        scores = {"mean distance": np.mean(each), "5th percentile": np.percentile(each, 5)}
+        same = float(np.mean(np.array(each) < SAME))
+        rows.append({"pictures": name, **{key: float(f"{v:.3g}") for key, v in scores.items()}, "same colours": same})
+    return rows
+
+
+def colour_distance(world: World, picture: Tensor, scene: Any) -> float:
+    """How far a figure's colours (head and shirt, where the estimator finds them) are from an identity's: RMS of RGB,
+    0..1."""
+    joints = _joints(world, picture)
+    places = {"colour": joints[0], "shirt": joints[[1, 8, 11]].mean(0)}
+    size = picture.shape[1]
+    errors = []
+    for part, place in places.items():
+        x, y = (place * size).long().clamp(2, size - 3).tolist()
+        seen = picture[0, y - 2 : y + 3, x - 2 : x + 3].flatten(0, 1).median(0).values
+        wanted = torch.tensor(COLOURS[getattr(scene.figure.identity, part)]) / 255
+        errors.append((seen - wanted).square().mean())
+    return float(torch.stack(errors).mean().sqrt())
+
+
+def _task(goals: dict[int, np.ndarray], places: np.ndarray, anchors: tuple[str, ...] = ()) -> DragTask:
+    drags = [Drag(_inside(places[k]), _inside(goal)) for k, goal in goals.items()]
+    still = [Drag(_inside(places[JOINTS.index(name)]), _inside(places[JOINTS.index(name)])) for name in anchors]
+    return DragTask(drags=(*drags, *still), joints=tuple(goals))
+
+
+def _inside(place: np.ndarray) -> tuple[float, float]:
+    x, y = np.clip(place, 0, 1)
+    return float(x), float(y)
+
+
+def _joints(world: World, picture: Tensor) -> Tensor:
+    heatmaps, _ = world.estimator(picture.permute(0, 3, 1, 2).float() * 2 - 1)
+    return joint_positions(heatmaps)[0]
+
+
+def _distance_px(found: Tensor, goals: Tensor, size_px: int = 128) -> float:
+    return float((found - goals).norm(dim=-1).mean() * size_px)
+
+
+def _moved_region(joints: Tensor, task: DragTask, size_px: int = 128, margin: float = 0.08) -> Tensor:
+    """Where the dragged joints were, go, and what lies between, (H, W)."""
+    region = torch.zeros(size_px, size_px, dtype=torch.bool)
+    points = torch.tensor([point for drag in task.drags[: len(task.joints)] for point in (drag.start, drag.end)])
+    low, high = points.amin(0) - margin, points.amax(0) + margin
+    (x0, y0), (x1, y1) = ((v * size_px).long().clamp(0, size_px).tolist() for v in (low, high))
+    region[y0:y1, x0:x1] = True
+    return region
