@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from comfy_api.latest import io
+from comfy_api.latest import io, ui
 
 from ..rg_engine.errors import TargetError
 from ..rg_engine.guidance.points import draw_drags, parse_drags
@@ -17,6 +17,7 @@ class DragPointsNode(io.ComfyNode):
             "RG_DragPoints",
             "Drag Points",
             aliases=["drag", "arrows", "points editor", "draggan", "dragdiffusion"],
+            is_output_node=True,  # so that its picture is there to draw on when nothing comes after it
             description="Arrows that say what moves where, for a Readout Target with a correspondence head.",
             inputs=[
                 io.Image.Input("image", optional=True, tooltip="The picture to draw the arrows on."),
@@ -44,8 +45,11 @@ class DragPointsNode(io.ComfyNode):
     @classmethod
     def execute(cls, points: str, image=None) -> io.NodeOutput:
         drags = parse_drags(points)
-        picture = torch.full((1, 512, 512, 3), 0.25) if image is None else image
-        return io.NodeOutput(drags, draw_drags(drags, picture))
+        if image is None:
+            return io.NodeOutput(drags, draw_drags(drags, torch.full((1, 512, 512, 3), 0.25)))
+        # For the editor, without arrows; under a name of our own, or ComfyUI would show it below the editor as well.
+        shown = {"drag_picture": ui.PreviewImage(image[:1]).values}
+        return io.NodeOutput(drags, draw_drags(drags, image), ui=shown)
 
 
 NODES = (DragPointsNode,)

@@ -94,8 +94,11 @@ class Server:
 
 
 @contextlib.contextmanager
-def running_server(folder: Path) -> Iterator[Server]:
-    """Start ComfyUI in the empty ``folder``, with this extension as its only one; it is killed on exit."""
+def running_server(folder: Path, page: Path | None = None) -> Iterator[Server]:
+    """Start ComfyUI in the empty ``folder``, with this extension as its only one; it is killed on exit.
+
+    ``page`` is another build of ComfyUI's page (the ``static`` folder of a frontend package) than the installed one.
+    """
     original, comfyui, base, log = find_comfyui(), folder / "comfyui", folder / "base", folder / "server.log"
 
     def left_out(inside: str, names: list[str]) -> set[str]:
@@ -113,6 +116,8 @@ def running_server(folder: Path) -> Iterator[Server]:
         "--output-directory", str(base / "output"), "--temp-directory", str(base), "--database-url", "sqlite:///:memory:",
         "--disable-api-nodes", "--disable-all-custom-nodes", "--whitelist-custom-nodes", EXTENSION,
     ]  # fmt: skip
+    if page:
+        command += ["--front-end-root", str(page)]
     with log.open("wb") as out:
         process = subprocess.Popen(command, cwd=comfyui, stdout=out, stderr=subprocess.STDOUT)
     try:

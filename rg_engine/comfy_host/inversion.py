@@ -83,7 +83,7 @@ class _Inversion(comfy.samplers.Sampler):
         for i, (low, high) in enumerate(itertools.pairwise(rising)):
             step = high - low
             found = x + step * derivative(x, high)
-            for _ in range(self._refinements):
+            for _repeat in range(self._refinements):
                 found = x + step * derivative(found, high)
             x = found
             if callback is not None:

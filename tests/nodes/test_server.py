@@ -26,7 +26,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_LoadReadoutHead": (["head_name", "kind"], [], ["READOUT_HEAD"]),
     "RG_ReadoutTarget": (
         ["head", "weight", "start_percent", "end_percent"],
-        ["image", "mask", "drag_points", "reference_latent", "previous"],
+        ["image", "mask", "drag_points", "reference_latent", "previous", "readout", "reference_mask"],
         ["READOUT_TARGET"],
     ),
     "RG_DragPoints": (["points"], ["image"], ["DRAG_POINTS", "IMAGE"]),
@@ -34,11 +34,24 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], [], ["LATENT"]),
     "RG_ReadOut": (["model", "head", "latent", "noise_percent", "seed"], ["positive"], ["READOUT", "IMAGE"]),
     "RG_LoadDemoModel": ([], [], ["MODEL", "CLIP", "VAE"]),
-    "RG_DemoScene": (["seed", "count", "figure_only"], [], ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "STRING"]),
-}
+    "RG_DemoScene": (
+        ["seed", "count", "figure_only"],
+        ["sequence"],
+        ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "STRING", "READOUT", "TRACKS"],
+    ),
+    "RG_TrainReadoutHead": (
+        [
+            "model", "positive", "kind", "steps", "learning_rate", "batch_size", "accumulate", "width", "sparse", "shift",
+            "noise_draws", "precision", "validation_share", "validate_every", "patience", "seed", "checkpoint",
+        ],
+        ["latents", "images", "vae", "targets"],
+        ["READOUT_HEAD", "IMAGE", "IMAGE"],
+    ),
+    "RG_SaveReadoutHead": (["head", "name", "overwrite"], [], ["STRING"]),
+}  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
-#: Known from KSampler; a tooltip would only repeat the name.
-NEED_NO_TOOLTIP = {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"}
+#: Known from KSampler, or plain; a tooltip would only repeat the name.
+NEED_NO_TOOLTIP = {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "learning_rate", "head"}
 
 
 @pytest.fixture(scope="session")
@@ -159,6 +172,29 @@ def test_an_example_workflow_of_the_demo_model_makes_pictures(server, workflow, 
     assert max(high - low for low, high in guided.getextrema()) > 0, "the picture is one flat colour"
     change(prompt, "RG_ReadoutGuidedKSampler", strength=0.0)
     assert guided.tobytes() != picture(server, server.run(prompt)).tobytes(), "guidance changed nothing"
+
+
+def test_the_training_workflow_trains_a_head_saves_it_and_steers_with_it(server, workflow):
+    prompt = workflow("train_head")
+    change(prompt, "RG_TrainReadoutHead", steps=10, batch_size=4)
+    (scenes,) = (n["inputs"] for n in prompt.values() if n["class_type"] == "RG_DemoScene" and n["inputs"]["count"] > 1)
+    scenes["count"] = 12
+    outputs = server.run(prompt)
+    shown = [image["type"] for output in outputs.values() for image in output.get("images", ())]
+    assert sorted(shown) == ["output"] * 4 + ["temp"] * 2, "four pictures, the loss plot and the readouts"
+    assert [output["text"] for output in outputs.values() if "text" in output] == [["my_pose_head.safetensors"]]
+    loader = server.json("/object_info/RG_LoadReadoutHead")["RG_LoadReadoutHead"]
+    assert "my_pose_head.safetensors" in loader["input"]["required"]["head_name"][1]["options"]
+    change(prompt, "RG_ReadoutGuidedKSampler", strength=0.0)
+    unguided = server.run(prompt)
+
+    def saved(outputs: dict[str, Any]) -> list[bytes]:
+        names = [image["filename"] for output in outputs.values() for image in output.get("images", ())]
+        found = (server.request(f"/view?filename={name}&type=output") for name in names)
+        return [content for status, content in found if status == 200]
+
+    assert len(saved(outputs)) == 4
+    assert not set(saved(outputs)) & set(saved(unguided)), "guidance changed nothing"
 
 
 @pytest.mark.parametrize("name", ["pose_sd15", "pose_sdxl"])
