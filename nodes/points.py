@@ -7,7 +7,9 @@ from comfy_api.latest import io, ui
 
 from ..rg_engine.errors import TargetError
 from ..rg_engine.guidance.points import draw_drags, parse_drags
-from .schema import DragPoints, schema
+from ..rg_engine.types import DragPoints
+from .schema import DragPoints as DragPointsType
+from .schema import schema
 
 
 class DragPointsNode(io.ComfyNode):
@@ -25,9 +27,13 @@ class DragPointsNode(io.ComfyNode):
                     "points", multiline=True, default='{"version": 1, "drags": []}',
                     tooltip='JSON: {"version": 1, "drags": [{"from": [x, y], "to": [x, y]}]}, x and y in 0..1, y down.',
                 ),
+                io.Int.Input(
+                    "frames", default=1, min=1, max=1000, optional=True,
+                    tooltip="The drag in so many steps: a picture each, to be played as an animation.",
+                ),
             ],
             outputs=[
-                DragPoints.Output("DRAG_POINTS"),
+                DragPointsType.Output("DRAG_POINTS"),
                 io.Image.Output("preview", display_name="preview", tooltip="The picture with the arrows drawn."),
             ],
         )  # fmt: skip
@@ -43,13 +49,15 @@ class DragPointsNode(io.ComfyNode):
         return True
 
     @classmethod
-    def execute(cls, points: str, image=None) -> io.NodeOutput:
+    def execute(cls, points: str, image=None, frames: int = 1) -> io.NodeOutput:
         drags = parse_drags(points)
         if image is None:
-            return io.NodeOutput(drags, draw_drags(drags, torch.full((1, 512, 512, 3), 0.25)))
+            blank = torch.full((1, 512, 512, 3), 0.25)
+            return io.NodeOutput(DragPoints(drags=drags, frames=frames), draw_drags(drags, blank))
         # For the editor, without arrows; under a name of our own, or ComfyUI would show it below the editor as well.
         shown = {"drag_picture": ui.PreviewImage(image[:1]).values}
-        return io.NodeOutput(drags, draw_drags(drags, image), ui=shown)
+        aspect = image.shape[2] / image.shape[1]
+        return io.NodeOutput(DragPoints(drags=drags, frames=frames, aspect=aspect), draw_drags(drags, image), ui=shown)
 
 
 NODES = (DragPointsNode,)

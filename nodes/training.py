@@ -38,7 +38,10 @@ class TrainReadoutHead(io.ComfyNode):
                     "same identity elsewhere, another identity). lgp: encoded edge maps, as Sketch-Guided Diffusion.",
                 ),
                 io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=1000000, tooltip="Optimiser steps."),
-                io.Float.Input("learning_rate", default=DEFAULTS.learning_rate, min=1e-6, max=0.1, step=1e-5, round=1e-6),
+                io.Float.Input(
+                    "learning_rate", default=DEFAULTS.learning_rate, min=1e-6, max=0.1, step=1e-5, round=1e-6,
+                    tooltip="Lower it where the loss jumps about.",
+                ),
                 io.Int.Input("batch_size", default=DEFAULTS.batch, min=1, max=1024, tooltip="Examples a step."),
                 io.Int.Input(
                     "accumulate", default=1, min=1, max=1024,
@@ -54,8 +57,8 @@ class TrainReadoutHead(io.ComfyNode):
                     "for depth.",
                 ),
                 io.Float.Input(
-                    "shift", default=0.125, min=0.0, max=0.5, step=0.005,
-                    tooltip="Moves examples about by up to so much of the picture: more to learn from in a small set.",
+                    "shift", default=DEFAULTS.shift, min=0.0, max=0.5, step=0.005,
+                    tooltip="Moves examples about by up to so much of the picture, where what they show may stand anywhere.",
                 ),
                 io.Int.Input(
                     "noise_draws", default=0, min=0, max=1000,
@@ -126,7 +129,7 @@ class SaveReadoutHead(io.ComfyNode):
             aliases=["readout guidance", "save head", "export"],
             description="Saves a head into models/readout_heads, from where Load Readout Head loads it (refresh its list).",
             inputs=[
-                ReadoutHead.Input("head"),
+                ReadoutHead.Input("head", tooltip="From Train Readout Head."),
                 io.String.Input("name", default="my_head", tooltip="File name without folder; .safetensors is added."),
                 io.Boolean.Input(
                     "overwrite", default=False, tooltip="Replace a head of this name; off: number the new one."

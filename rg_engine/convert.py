@@ -16,6 +16,8 @@ def convert_head(source: Path, target: Path, kind: HeadKind | None = None) -> No
     """
     if kind is not None and kind not in HEAD_KINDS:
         raise HeadFileError(f"kind {kind!r} is unknown: expected one of {', '.join(HEAD_KINDS)}")
+    if not target.absolute().parent.is_dir():
+        raise HeadFileError(f"there is no folder {str(target.parent)!r} to write {target.name!r} to")
     match source.suffix, target.suffix:
         case ".safetensors", ".safetensors":
             save_head(load_head(source, kind), target)

@@ -25,7 +25,8 @@ CHUNK = 100  # scenes drawn and encoded at once
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A demo head: its kind, the layer of :class:`ScenePictures` that it learns, and the empty value of sparse ones."""
+    """A demo head: its kind, the layer of :class:`ScenePictures` that it learns, the empty value of sparse ones, and
+    settings."""
 
     name: str
     kind: HeadKind
@@ -33,16 +34,17 @@ class Recipe:
     background: float | None = None
     sequence: Sequence = "scenes"
     batch: int = 12
+    shift: float = 0.0
 
 
 RECIPES = (
     Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5),
     Recipe(name="demo_depth", kind="spatial", layer="depth"),
     Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5),
-    Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0),
-    Recipe(name="demo_sketch", kind="lgp", layer="edges"),
-    Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=8),
-    Recipe(name="demo_appearance", kind="appearance", layer="", sequence="triplets", batch=6),
+    Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0, shift=0.125),
+    Recipe(name="demo_sketch", kind="lgp", layer="edges", shift=0.125),
+    Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=8, shift=0.125),
+    Recipe(name="demo_appearance", kind="appearance", layer="", sequence="triplets", batch=6, shift=0.125),
 )
 WIDTH = 64
 TRAINING_SEED = 31  # of the scenes; evaluations take others
@@ -61,7 +63,7 @@ def train_demo_heads(work: Path, steps: int, examples: int, names: list[str] | N
         if names and recipe.name not in names:
             continue
         settings = TrainingSettings(
-            steps=steps, batch=recipe.batch, shift=0.125, validation_share=0.02, validate_every=250, ema=0.995
+            steps=steps, batch=recipe.batch, shift=recipe.shift, validation_share=0.02, validate_every=250, ema=0.995
         )
         data, scenes = demo_examples(recipe, examples, vae, TRAINING_SEED)
         head = train_demo_head(model, clip, recipe, data, scenes, settings, checkpoint=work / f"{recipe.name}.checkpoint")

@@ -16,6 +16,7 @@ from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
+from ..errors import TargetError
 from ..features import Backbone, FeatureTap
 from ..training import Reading
 from .branches import input_scale
@@ -29,9 +30,22 @@ Result = TypeVar("Result")
 def with_frozen_model(model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result]) -> Result:
     """Load ``model`` (a ModelPatcher) as for sampling latents of ``shape`` (B, C, h, w), and give ``work``'s result.
 
-    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each.
+    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each. Raises
+    TargetError for a combined or a regional prompt: features have to be the whole picture's.
     """
     backbone = backbone_of(model)
+    if positive is not None:
+        limits = [
+            key
+            for _, facts in positive
+            for key in ("area", "mask", "start_percent", "end_percent")
+            if facts.get(key) is not None
+        ]
+        if len(positive) != 1 or limits:
+            found = f"limited by its {limits[0]}" if limits else f"made of {len(positive)} prompts"
+            raise TargetError(
+                f"the prompt is {found}: to read a picture out, give one that counts for all of it (CLIP Text Encode)"
+            )
     guider = comfy.samplers.CFGGuider(model.clone())
     guider.inner_set_conds({"positive": positive if positive is not None else empty_prompt(model)})
     guider.set_cfg(1.0)

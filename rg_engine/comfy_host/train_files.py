@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -46,6 +47,8 @@ def train_from_files(config: TrainingConfig) -> None:
                 truth=None if truth is None else truth.clone(),
             )
         checkpoint, log = config.out.with_suffix(".checkpoint"), config.out.with_suffix(".jsonl")
+        if ranks.first:
+            _cut_back(log, checkpoint)
 
         def keep(head: ReadoutHead) -> None:
             if ranks.first:
@@ -117,6 +120,17 @@ def _background(config: TrainingConfig) -> float | None:
     if not config.sparse or config.kind not in ("spatial", "keypoint"):
         return None
     return 0.0 if config.kind == "keypoint" else CONTROL_RANGE[0]
+
+
+def _cut_back(log: Path, checkpoint: Path) -> None:
+    """Leave in the log the steps that the checkpoint has; without one, none."""
+    if not log.exists():
+        return
+    steps = 0
+    with contextlib.suppress(Exception):  # a checkpoint that is missing or damaged is the training's to speak of
+        steps = int(torch.load(checkpoint, map_location="cpu", weights_only=True)["step"])
+    lines = log.read_text(encoding="utf-8").splitlines(keepends=True)
+    log.write_text("".join(lines[:steps]), encoding="utf-8")
 
 
 def _reporter(log: Path, ranks: Ranks) -> Any:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import TrainingError
+from ..errors import ReadoutGuidanceError, TrainingError
 from ..heads import ReadoutHead
 from ..training import Draw, Examples, HeadTraining, Progress, Reading, TrainingSettings, lesson_of, new_head
 from ..training.distributed import Ranks
 from .frozen_model import FrozenModel, with_frozen_model
 from .guided_model import backbone_of
+
+log = logging.getLogger("readout_guidance")
 
 
 def train_head(
@@ -35,6 +38,11 @@ def train_head(
             f"the latents have {examples.latents.shape[1]} channels and the model works on {wanted}: encode the pictures "
             f"with "
             "the VAE that belongs to the model"
+        )
+    rows = {len(context) for context, _ in positive or []}
+    if rows - {1, len(examples.latents)}:
+        raise TrainingError(
+            f"the prompt has {max(rows)} rows for {len(examples.latents)} pictures: give one for all of them, or one each"
         )
     channels = 0 if examples.truth is None or examples.kind == "correspondence" else examples.truth.shape[1]
     head = new_head(
@@ -59,7 +67,10 @@ def train_head(
             return training.run(report), training.history
         except BaseException:
             if keep is not None and training.history:
-                keep(training.best())
+                try:
+                    keep(training.best())
+                except ReadoutGuidanceError as error:  # must not hide why the training broke off
+                    log.warning("Readout guidance: the best head so far could not be kept: %s", error)
             raise
 
     pictures = settings.batch // settings.accumulate * lesson.pictures

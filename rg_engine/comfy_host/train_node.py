@@ -71,6 +71,12 @@ def graph_examples(kind: HeadKind, latents: Tensor, targets: Any) -> Examples:
         raise TrainingError(
             f"targets are {type(targets).__name__}: connect a batch of pictures, heat maps, a latent or tracks"
         )
+    if truth == "maps" and kind == "lgp" and targets.shape[1] != latents.shape[1]:
+        raise TrainingError(
+            f"targets of an lgp head are encoded edge maps, and these have {targets.shape[1]} channels where the latents "
+            f"have "
+            f"{latents.shape[1]}: put the edge maps through VAE Encode"
+        )
     if truth == "maps":
         pictures = targets.shape[-1] <= 4 and targets.shape[1] > 4  # (N, H, W, C), as pictures come
         maps = fit((targets.movedim(-1, 1) if pictures else targets).float(), (latents.shape[-2], latents.shape[-1]))

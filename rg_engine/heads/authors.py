@@ -45,17 +45,18 @@ def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
     }
 
 
-def tagged(value: Any) -> Any:
-    """A config as JSON can hold it, tuples told from lists. Raises HeadFileError for anything that it can't."""
-    if isinstance(value, dict) and all(isinstance(key, str) for key in value):
-        return {key: tagged(item) for key, item in value.items()}
+def tagged(value: Any, what: str) -> Any:
+    """A config (or ``what``) as JSON can hold it, tuples told from lists. Raises HeadFileError for anything that it
+    can't."""
+    if isinstance(value, dict) and all(isinstance(key, str) and key != "tuple" for key in value):
+        return {key: tagged(item, what) for key, item in value.items()}
     if isinstance(value, tuple):
-        return {"tuple": [tagged(item) for item in value]}
+        return {"tuple": [tagged(item, what) for item in value]}
     if isinstance(value, list):
-        return [tagged(item) for item in value]
+        return [tagged(item, what) for item in value]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    raise HeadFileError(f"the config holds {value!r:.60}, which can't be kept in a .safetensors file")
+    raise HeadFileError(f"the {what} holds {value!r:.60}, which can't be kept in a .safetensors file")
 
 
 def untagged(value: Any) -> Any:

@@ -64,7 +64,7 @@ def convert_authors(source: str | Path, target: str | Path, kind: HeadKind | Non
     out)."""
     head = load_head(source, kind)
     raw = torch.load(source, map_location="cpu", weights_only=True)
-    authors = json.dumps({"config": tagged(raw.get("config")), "step": raw.get("step")})
+    authors = json.dumps({"config": tagged(raw.get("config"), "config"), "step": tagged(raw.get("step"), "step")})
     _save(raw["aggregation_network"], head.spec, target, None, {AUTHORS_KEY: authors})
 
 

@@ -20,6 +20,8 @@ SOURCES: dict[HeadKind, tuple[str, ...]] = {
     "correspondence": ("clips",),
     "appearance": ("identities",),
 }
+#: A value's kind in words.
+EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ def read_config(path: Path) -> TrainingConfig:
     if missing:
         raise TrainingError(f"{path.name!r} does not say {' and '.join(missing)}")
     values = {key: _typed(key, value, str({**own, **training}[key].type), path.parent) for key, value in given.items()}
+    if values.get("model", "demo") != "demo":
+        values["model"] = str(path.parent / values["model"])
     settings = TrainingSettings(**{key: value for key, value in values.items() if key in training})
     return TrainingConfig(**{key: value for key, value in values.items() if key in own}, settings=settings)
 
@@ -113,6 +117,6 @@ def _typed(key: str, value: Any, kind: str, folder: Path) -> Any:
             return folder / value
         if kind not in ("float", "int", "bool") and "Path" not in kind and isinstance(value, str):
             return value
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         pass
-    raise TrainingError(f"{key} is {value!r}: expected {'a text' if kind not in ('float', 'int', 'bool') else f'a {kind}'}")
+    raise TrainingError(f"{key} is {value!r}: expected {EXPECTED.get(kind, 'a text')}")

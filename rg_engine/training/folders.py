@@ -11,6 +11,8 @@ A picture's prompt, where prompts are asked for, is the text file beside it.
 from __future__ import annotations
 
 import dataclasses
+import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -62,7 +64,10 @@ def load_picture(path: Path, size_px: int) -> Tensor:
     """A picture cropped to a square about its centre, (size, size, 3) in 0..1."""
     with _opened(path) as image:
         left, top, side = crop_of(*image.size)
-        square = image.convert("RGB").crop((left, top, left + side, top + side))
+        try:
+            square = image.convert("RGB").crop((left, top, left + side, top + side))
+        except Exception as error:  # decoders raise whatever a damaged file leads them to
+            raise TrainingError(f"{path.name!r} is no picture that can be read: it is truncated or damaged") from error
         pixels = np.asarray(square.resize((size_px, size_px), Image.Resampling.LANCZOS), dtype=np.float32)
     return torch.from_numpy(pixels / 255)
 
@@ -200,9 +205,10 @@ def _heatmaps(path: Path, picture: Path, size_px: int) -> Tensor:
         raise TrainingError(f"{path.name!r} has keypoints outside of {picture.name!r}, which is {width}x{height} pixels")
     cells = size_px // 8
     grid = (np.arange(cells) + 0.5) / cells
-    points = (places - (left, top)) / side
-    across = np.exp(-((grid - points[:, :1]) ** 2) / (2 * HEATMAP_SPREAD**2))  # (J, cells)
-    down = np.exp(-((grid - points[:, 1:]) ** 2) / (2 * HEATMAP_SPREAD**2))
+    points = np.where(seen[:, None], (places - (left, top)) / side, 0.0)
+    spread = max(HEATMAP_SPREAD, 1 / cells)  # a narrower one would fall between the cells
+    across = np.exp(-((grid - points[:, :1]) ** 2) / (2 * spread**2))  # (J, cells)
+    down = np.exp(-((grid - points[:, 1:]) ** 2) / (2 * spread**2))
     maps = down[:, :, None] * across[:, None, :] * seen[:, None, None]
     return torch.from_numpy(maps.astype(np.float32))
 
@@ -211,7 +217,7 @@ def _arrays(path: Path, needed: tuple[str, ...]) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             found = {key: file[key] for key in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise TrainingError(
             f"{path.parent.name}/{path.name} can't be read: expected an .npz with {', '.join(needed)}"
         ) from error

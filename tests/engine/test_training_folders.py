@@ -96,7 +96,6 @@ def test_keypoints_without_a_third_column_are_all_seen(folder):
     assert torch.equal(truth[:, 3], truth[:, 0])
 
 
-@pytest.mark.xfail(strict=True, reason="a heat map narrower than a cell")
 def test_a_joint_leaves_a_mark_also_in_small_pictures(folder):
     """The demo model's 128 pixels are 16 cells."""
     for size in (64, 128, 512):
@@ -201,10 +200,7 @@ def test_a_file_that_is_no_picture(folder, name):
         gather(folder, "spatial")
 
 
-CUT_OFF = pytest.mark.xfail(strict=True, reason="Pillow's decoder raises OSError and struct.error")
-
-
-@pytest.mark.parametrize("kept", [0, 4, *(pytest.param(kept, marks=CUT_OFF) for kept in (60, 400, 2000))])
+@pytest.mark.parametrize("kept", [0, 4, 60, 400, 2000])
 def test_a_picture_that_is_cut_off(tmp_path, kept):
     path = tmp_path / "a.png"
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 48, 3), np.uint8)).save(path)
@@ -231,7 +227,6 @@ def test_bad_keypoints(folder, keypoints, words):
         gather(folder, "keypoint")
 
 
-@pytest.mark.xfail(strict=True, reason="NaN times 0 is NaN")
 def test_a_joint_that_is_not_seen_may_lie_anywhere(folder):
     for i in range(3):
         np.savez(folder / "controls" / f"{i}.npz", keypoints=np.array([[24.0, 16.0, 1.0], [-99.0, np.nan, 0.0]]))
@@ -284,10 +279,7 @@ def test_a_clip_of_one_frame(folder):
         gather(folder, "correspondence")
 
 
-BAD_ZIP = pytest.mark.xfail(strict=True, reason="zipfile.BadZipFile")
-
-
-@pytest.mark.parametrize("content", [b"", b"no archive", pytest.param(b"PK\x03\x04 cut off", marks=BAD_ZIP)])
+@pytest.mark.parametrize("content", [b"", b"no archive", b"PK\x03\x04 cut off"])
 def test_a_damaged_npz(folder, content):
     (folder / "controls" / "1.npz").write_bytes(content)
     with refused(r"controls/1\.npz can't be read: expected an \.npz with keypoints"):
@@ -348,13 +340,13 @@ def test_absolute_folders_are_taken_as_they_are(folder, tmp_path_factory):
         ({"out": "head.pt"}, "out is 'head.pt': a head's file ends in .safetensors"),
         ({"out": 3}, "out is 3: expected a text"),
         ({"pictures": "nowhere"}, "pictures: there is no folder '.*nowhere'"),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast': expected a float"),
+        ({"learning_rate": "fast"}, "learning_rate is 'fast': expected a number"),
         ({"learning_rate": 0}, "learning_rate is 0: it must be between 0 and 1, and not 0"),
         ({"learning_rate": True}, "learning_rate is True"),
-        ({"steps": 1.5}, "steps is 1.5: expected a int"),
+        ({"steps": 1.5}, "steps is 1.5: expected a whole number"),
         ({"steps": [1]}, r"steps is \[1\]"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: it must be between 0 and 1"),
-        ({"sparse": "yes"}, "sparse is 'yes': expected a bool"),
+        ({"sparse": "yes"}, "sparse is 'yes': expected true or false"),
         ({"prompt": 3}, "prompt is 3: expected a text"),
         ({"precision": "fp8"}, "precision 'fp8' is unknown: expected one of fp32, bf16, fp16"),
         ({"size": 100}, "size is 100: it must be a multiple of 8, 64 or more"),
@@ -373,7 +365,6 @@ def test_a_bad_setting_is_refused_by_its_name(folder, changed, words):
         read_config(write(folder, **{"kind": "spatial", **changed}))
 
 
-@pytest.mark.xfail(strict=True, reason="OverflowError")
 def test_an_infinite_whole_number(folder):
     (folder / "train.yaml").write_text("kind: spatial\nout: a.safetensors\nsteps: .inf\n")
     with refused("steps is inf: expected"):

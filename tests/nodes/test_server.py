@@ -29,7 +29,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["image", "mask", "drag_points", "reference_latent", "previous", "readout", "reference_mask"],
         ["READOUT_TARGET"],
     ),
-    "RG_DragPoints": (["points"], ["image"], ["DRAG_POINTS", "IMAGE"]),
+    "RG_DragPoints": (["points"], ["image", "frames"], ["DRAG_POINTS", "IMAGE"]),
     "RG_ReadoutGuider": (["model", "positive", "negative", "cfg", "target", *GUIDANCE], [], ["GUIDER"]),
     "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], [], ["LATENT"]),
     "RG_ReadOut": (["model", "head", "latent", "noise_percent", "seed"], ["positive"], ["READOUT", "IMAGE"]),
@@ -48,10 +48,13 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["READOUT_HEAD", "IMAGE", "IMAGE"],
     ),
     "RG_SaveReadoutHead": (["head", "name", "overwrite"], [], ["STRING"]),
+    "RG_InvertLatent": (
+        ["model", "latent", "steps", "scheduler", "cfg"], ["positive", "negative", "refinements"], ["LATENT", "FLOAT"],
+    ),
 }  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
 #: Known from KSampler, or plain; a tooltip would only repeat the name.
-NEED_NO_TOOLTIP = {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise", "learning_rate", "head"}
+NEED_NO_TOOLTIP = {"model", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"}
 
 
 @pytest.fixture(scope="session")

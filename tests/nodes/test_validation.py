@@ -176,7 +176,7 @@ def test_points_that_are_malformed_or_outside(points, message):
 
 def test_points_of_a_workflow_are_accepted():
     drags, preview = node("RG_DragPoints", points=json.dumps({"version": 1, "drags": [{"from": [0, 0], "to": [1, 1]}]}))
-    assert len(drags) == 1
+    assert len(drags.drags) == 1
     assert preview.shape == (1, 512, 512, 3)
 
 
