@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     make.add_argument("--device", default="cpu")
     make.add_argument("--shards", type=int, default=30, help="of 2000 pictures")
-    for part, steps in (("autoencoder", 3400), ("denoiser", 5400), ("estimator", 900), ("heads", 2400)):
+    for part, steps in (("autoencoder", 3400), ("denoiser", 5400), ("estimator", 900)):
         make.add_argument(f"--{part}-steps", type=int, default=steps)
 
     options = parser.parse_args(arguments)
@@ -73,7 +73,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from .comfy_host.demo_training import PARTS, train_demo
 
-            counts = {part: getattr(options, f"{part}_steps") for part in ("autoencoder", "denoiser", "estimator", "heads")}
+            counts = {part: getattr(options, f"{part}_steps") for part in ("autoencoder", "denoiser", "estimator")}
             train_demo(options.parts or list(PARTS), options.work, options.device, options.shards, counts)
     except ReadoutGuidanceError as error:
         print(f"error: {error}", file=sys.stderr)

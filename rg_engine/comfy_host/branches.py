@@ -57,6 +57,7 @@ class BranchReader:
         self._gradients: list[Tensor] = []
         self._model: Any = None
         self.source: dict[int, SourceStep] = {}
+        self.readouts: dict[int, Tensor] = {}  # of the latest call, by target
         self.whole = True  # whether the prediction of run() is the branch's own (no areas were widened for it)
 
     @property
@@ -150,7 +151,8 @@ class BranchReader:
         In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows.
         """
-        loss, _ = self._objective.loss(read, self._active, self._source)
+        loss, readouts = self._objective.loss(read, self._active, self._source)
+        self.readouts = {i: readout.detach() for i, readout in readouts.items()}
         at_taps = torch.autograd.grad(loss.sum(), read.features, allow_unused=True)
         pairs = [(f, g) for f, g in zip(features, at_taps, strict=True) if g is not None]
         largest = torch.stack([g.abs().amax() for _, g in pairs]).amax()

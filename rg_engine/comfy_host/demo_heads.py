@@ -33,14 +33,15 @@ class Recipe:
     layer: str
     background: float | None = None
     sequence: Sequence = "scenes"
+    steps: int = 2400
     batch: int = 12
     shift: float = 0.0
 
 
 RECIPES = (
-    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5),
-    Recipe(name="demo_depth", kind="spatial", layer="depth"),
-    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5),
+    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5, steps=1600),
+    Recipe(name="demo_depth", kind="spatial", layer="depth", steps=1600),
+    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5, steps=1600),
     Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0, shift=0.125),
     Recipe(name="demo_sketch", kind="lgp", layer="edges", shift=0.125),
     Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=8, shift=0.125),
@@ -54,7 +55,7 @@ def demo_recipe(name: str) -> Recipe:
     return next(recipe for recipe in RECIPES if recipe.name == name)
 
 
-def train_demo_heads(work: Path, steps: int, examples: int, names: list[str] | None = None) -> None:
+def train_demo_heads(work: Path, examples: int = 4000, names: list[str] | None = None) -> None:
     """Train every demo head (or ``names``); each goes on from its checkpoint in ``work``."""
     with torch.inference_mode():
         model, clip, vae = load_demo_model()
@@ -63,7 +64,7 @@ def train_demo_heads(work: Path, steps: int, examples: int, names: list[str] | N
         if names and recipe.name not in names:
             continue
         settings = TrainingSettings(
-            steps=steps, batch=recipe.batch, shift=recipe.shift, validation_share=0.02, validate_every=250, ema=0.995
+            steps=recipe.steps, batch=recipe.batch, shift=recipe.shift, validation_share=0.02, validate_every=250, ema=0.995
         )
         data, scenes = demo_examples(recipe, examples, vae, TRAINING_SEED)
         head = train_demo_head(model, clip, recipe, data, scenes, settings, checkpoint=work / f"{recipe.name}.checkpoint")

@@ -45,11 +45,21 @@ UNET_CONFIG = {
 }
 
 
+#: Latents to RGB in -1..1 for previews, fitted by least squares on 800 pictures.
+PREVIEW_FACTORS = [
+    [0.111, 0.038, 0.074], [-0.145, -0.034, -0.078], [0.002, -0.066, -0.039], [0.051, -0.102, -0.093],
+    [0.079, -0.015, 0.005], [-0.099, -0.058, 0.084], [0.093, 0.056, -0.033], [-0.071, -0.079, -0.039],
+]  # fmt: skip
+PREVIEW_BIAS = [0.295, 0.279, 0.218]
+
+
 class DemoLatent(comfy.latent_formats.LatentFormat):
     """Latents as the autoencoder gives them: 8 channels of mean 0 and deviation 1."""
 
     latent_channels = LATENT_CHANNELS
     scale_factor = 1.0
+    latent_rgb_factors = PREVIEW_FACTORS
+    latent_rgb_factors_bias = PREVIEW_BIAS
 
 
 class DemoModelConfig(comfy.supported_models.SD15):

@@ -15,7 +15,6 @@ from .demo_heads import train_demo_heads
 from .demo_model import Denoiser
 
 PARTS = ("pictures", "autoencoder", "latents", "denoiser", "estimator", "heads")
-HEAD_EXAMPLES = 4000
 
 
 def train_demo(parts: list[str], work: Path, device: str, shards: int, steps: dict[str, int]) -> None:
@@ -40,7 +39,7 @@ def train_demo(parts: list[str], work: Path, device: str, shards: int, steps: di
             train.train_estimator(data, _autoencoder(device), work / ESTIMATOR.name, steps[part], device=device)
             shutil.copy(work / ESTIMATOR.name, ESTIMATOR)
         else:
-            train_demo_heads(work / "heads", steps[part], HEAD_EXAMPLES)
+            train_demo_heads(work / "heads")
 
 
 def _autoencoder(device: str) -> Any:

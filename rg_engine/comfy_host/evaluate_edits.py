@@ -117,10 +117,12 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
 
 def drag_target(drags: tuple[Drag, ...], mask: Tensor | None = None) -> Target:
     """What the drag workflows chain: a correspondence and an appearance target."""
-    look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
+    look = None
+    if APPEARANCE_WEIGHT:
+        look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
     return Target(
         head=demo_head("demo_correspondence"), weight=CORRESPONDENCE_WEIGHT, end_percent=END_PERCENT, drags=drags, mask=mask,
-        previous=look if APPEARANCE_WEIGHT else None,
+        previous=look,
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
 from ..heads import ReadoutHead
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 from .memory import with_room_for_graph
+from .progress import RunProgress
 from .sampler_steps import SamplerSteps, watched
 from .source_pass import SourcePasses, fingerprint
 
@@ -132,6 +133,8 @@ class ModelGuidance:
                 kept = SOURCES.find(mark)
             passes = 2 if mark is not None and kept is None else 1
 
+            progress = RunProgress(run, guider.model_patcher)
+
             def sample(number: int) -> Tensor:
                 run.steps = steps = SamplerSteps(run.plan, run.sampler, run.sigmas)
 
@@ -139,6 +142,7 @@ class ModelGuidance:
                     steps.finished_step()
                     if callback is not None:
                         callback(number * total + step, x0, x, passes * total)
+                        progress.step(step, number * total + step + 1, passes * total, x0)
 
                 return executor(guider, sigmas, dict(extra_args), report, noise, latent_image, denoise_mask, disable_pbar)
 

@@ -44,6 +44,7 @@ class Run:
     references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
     reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
     losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
+    readouts: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # the latest, by target
 
     def begin(self, guider: Any, objective: Objective, noise: Tensor, denoise_mask: Tensor | None, seed: int | None) -> None:
         """Set what is known once the model is loaded."""
@@ -103,6 +104,7 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     reader = _guided_reader(run, planned, CONDITIONAL, call)
     prediction = call.run_branch(reader, CONDITIONAL)
     run.losses.append(reader.loss)
+    run.readouts = reader.readouts
     denoised = call.predict(_reusing(prediction, call) if reader.whole else call.options)
     length: float | Tensor = planned.length
     if run.settings.mode == "norm_ratio":
@@ -148,6 +150,7 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
             reader = _guided_reader(run, planned, branch, call)
             call.run_branch(reader, branch)
             run.losses.append(reader.loss)
+            run.readouts = reader.readouts
             gradients.append(reader.gradient)
         with torch.inference_mode(False):
             z = update.step(torch.stack(gradients).sum(0))
