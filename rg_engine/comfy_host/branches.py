@@ -21,6 +21,7 @@ from ..errors import BackboneError
 from ..features import Backbone, FeatureTap
 from ..guidance import Branch, Objective, SourceStep
 from .gradient_scope import gradient_scope, plain
+from .saved_tensors import in_place_allowed
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 _NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
@@ -166,10 +167,10 @@ class BranchReader:
 def _in_place_allowed(control: Any, options: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
     """ControlNets' outputs are added in place, and other nodes' patches may write in place, to what backward needs.
 
-    PyTorch copies such tensors before they change; that slows every operation a little, so it is on only then.
+    Such tensors are copied before they change; that slows every operation a little, so it is on only then.
     """
     if control is not None or options.get("patches") or options.get("patches_replace"):
-        return torch.autograd.graph.allow_mutation_on_saved_tensors()
+        return in_place_allowed()
     return contextlib.nullcontext()
 
 

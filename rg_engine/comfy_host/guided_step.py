@@ -85,7 +85,7 @@ class ModelCall:
 def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """A step of the source: the plain prediction, its readouts kept."""
     reader = run.reader(call.x)
-    run.source.latents[planned.step] = call.x.cpu()
+    run.source.latents[planned.step] = call.x.to("cpu", copy=True)  # the sampler may go on to change it in place
     denoised = call.predict(reader.install(call.options))
     for branch in _branches(run, call):
         if branch not in reader.source:  # not part of the plain prediction (cfg 1)

@@ -36,7 +36,7 @@ class SamplerSteps:
 
     def __init__(self, plan: Plan, sampler: Any, sigmas: list[float]) -> None:
         self._sigmas = sigmas
-        name = getattr(getattr(sampler, "sampler_function", None), "__name__", "")
+        name = _name(getattr(sampler, "sampler_function", None))
         self._skip = CALLS_AT_NEXT_SIGMA.get(name, 0)
         self._free = name in CHOOSE_OWN_SIGMAS
         self.moved_afterwards = name in MOVED_AFTERWARDS
@@ -84,6 +84,13 @@ class SamplerSteps:
         self._calls = 0
 
 
+def _name(function: Any) -> str:
+    """A sampler function's name; "" where it has none (an object that can be called)."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", "")
+
+
 def watched(sampler: Any, steps: Callable[[], SamplerSteps | None]) -> Any:
     """A copy of a KSAMPLER that shows its own latent to ``steps()`` while it calls the model.
 
@@ -96,7 +103,7 @@ def watched(sampler: Any, steps: Callable[[], SamplerSteps | None]) -> Any:
 
     @functools.wraps(function)
     def sample(model: Any, *args: Any, **kwargs: Any) -> Tensor:
-        afterwards = _unipc_moves(steps) if function.__name__ in MOVED_AFTERWARDS else contextlib.nullcontext()
+        afterwards = _unipc_moves(steps) if _name(function) in MOVED_AFTERWARDS else contextlib.nullcontext()
         with afterwards:
             return function(_WatchedModel(model, steps), *args, **kwargs)
 

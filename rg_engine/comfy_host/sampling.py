@@ -73,6 +73,11 @@ def _check_inversion(
     **_: Any,
 ) -> None:
     facts = latent[INVERTED]
+    if "noise_mask" in latent:
+        raise TargetError(
+            "the inverted latent has a noise mask, outside which its noise would stay as it is: remove the noise mask, and "
+            "give Readout Target a mask of what may move instead"
+        )
     sigma = float(comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)[0])
     if denoise < 1.0 or abs(sigma - facts.sigma) > 0.01 * facts.sigma:
         raise TargetError(

@@ -6,7 +6,9 @@ Passes are kept between runs, by everything that determines them: the next drag 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
+import types
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -34,7 +36,11 @@ class SourcePass:
         self.steps[key] = _moved(step, torch.device("cpu"), kept)
 
     def step(self, key: tuple[int, int], device: torch.device) -> SourceStep | None:
-        return _moved(self.steps[key], device, None) if key in self.steps else None
+        """The readouts of (step, branch), or of the nearest step there is: samplers that choose their own steps
+        (dpm_adaptive) choose others for the guided run."""
+        step, branch = key
+        known = [k for k in self.steps if k[1] == branch]
+        return _moved(self.steps[min(known, key=lambda k: abs(k[0] - step))], device, None) if known else None
 
 
 def fingerprint(guider: Any, sampler: Any, sampling: Any, guidance: Any) -> Fingerprint:
@@ -46,10 +52,19 @@ def fingerprint(guider: Any, sampler: Any, sampling: Any, guidance: Any) -> Fing
     function = getattr(sampler, "sampler_function", None)
     how: Any = sampler
     if function is not None:
-        cells = [cell.cell_contents for cell in function.__closure__ or ()]
-        how = (function.__module__, function.__qualname__, cells, sampler.extra_options, sampler.inpaint_options)
-    model = (guider.inner_model, str(patcher.patches_uuid), getattr(patcher, "object_patches", {}))
+        how = (_made_of(function), sampler.extra_options, sampler.inpaint_options)
+    model = (guider.inner_model, str(patcher.patches_uuid), patcher.object_patches, patcher.injections)
     return Fingerprint(model, guider.conds, guider.cfg, how, sampling, guidance)
+
+
+def _made_of(function: Any) -> Any:
+    """What a sampler's function does, as far as it can be told: functions made alike in different runs count as one."""
+    if isinstance(function, functools.partial):
+        return _made_of(function.func), function.args, function.keywords
+    if isinstance(function, types.FunctionType):
+        cells = [cell.cell_contents for cell in function.__closure__ or ()]
+        return function.__module__, function.__code__, function.__defaults__, function.__kwdefaults__, cells
+    return function
 
 
 class SourcePasses:
@@ -81,7 +96,6 @@ class Fingerprint:
     def __init__(self, *values: Any) -> None:
         self.objects: list[Any] = []
         self._hash = hashlib.blake2b(digest_size=20)
-        self._seen: set[int] = set()
         for value in values:
             self._add(value)
         self.digest = self._hash.hexdigest()

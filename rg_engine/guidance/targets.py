@@ -170,6 +170,8 @@ class Target:
 
 def _part_of(drag: Drag, share: float) -> Drag:
     (x0, y0), (x1, y1) = drag.start, drag.end
+    if share == 1:
+        return drag
     return Drag(drag.start, (x0 + share * (x1 - x0), y0 + share * (y1 - y0)))
 
 

@@ -10,8 +10,9 @@ from torch.nn import functional as F
 def correspondence_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False) -> Tensor:
     """-0.5 mean S[source at start, readout at end] + 0.5 mean S[source at start, readout at start], S = (cos + 1)/2.
 
-    The second term is the paper's anti-ghosting term: what moved should be gone from where it was. Only the points are
-    gathered, never the HW x HW matrix of similarities.
+    The second term is the paper's anti-ghosting term: what moved should be gone from where it was. Anchors (drags without
+    length) beside other drags do without it, since it would cancel the first. Only the points are gathered, never the
+    HW x HW matrix of similarities.
 
     Args:
         readout, source: (B, D, H, W).
@@ -22,6 +23,9 @@ def correspondence_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends
     origin = gather(source, starts, truncate)  # (B, D, N)
     arrived = F.cosine_similarity(origin, gather(readout, ends, truncate), dim=1)  # (B, N)
     stayed = F.cosine_similarity(origin, gather(readout, starts, truncate), dim=1)
+    moving = (starts != ends).any(1)  # (N,)
+    if moving.any():
+        stayed = torch.where(moving, stayed, -1)
     return 0.5 * ((stayed + 1) / 2).mean(1) - 0.5 * ((arrived + 1) / 2).mean(1)
 
 

@@ -105,7 +105,7 @@ def change(prompt: dict[str, Any], class_type: str, **inputs: Any) -> str:
 
 def picture(server: Server, outputs: dict[str, Any], kind: str = "output") -> Image.Image:
     """The only picture that a run saved (``output``) or previewed (``temp``), as the page loads it."""
-    saved = [image for output in outputs.values() for image in output["images"] if image["type"] == kind]
+    saved = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == kind]
     assert len(saved) == 1
     status, content = server.request(f"/view?filename={saved[0]['filename']}&type={kind}")
     assert status == 200
