@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,10 @@ BATCH = 16
 def run_evaluation(out: Path, pictures: int, tables: list[str]) -> dict[str, Any]:
     """Measure ``tables`` (all of TABLES unless told), print them, and write them into out/evaluation.json, beside older
     ones."""
+    import comfy.utils
+
+    logging.getLogger().setLevel(logging.WARNING)
+    comfy.utils.set_progress_bar_enabled(False)
     unknown = [name for name in tables if name not in TABLES]
     if unknown:
         raise ReadoutGuidanceError(f"there is no table {', '.join(unknown)}: choose among {', '.join(TABLES)}")

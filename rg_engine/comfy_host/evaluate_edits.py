@@ -13,17 +13,18 @@ from torch import Tensor
 from ..demo.estimator import joint_positions
 from ..demo.render import render
 from ..demo.scene_pictures import sample_scenes
-from ..demo.world import COLOURS, JOINTS
+from ..demo.world import BONES, COLOURS, JOINTS
 from ..guidance import GuidanceSettings, Target
 from ..types import Drag
 from .demo_world import World, demo_head, sample
 from .inversion import invert_latent
 
 DRAG_SEED = 6007
-MOVES = ("figure", "arm")
-#: How the drag workflows are set: the correspondence and the appearance target's weights, until when they guide, and how
-#: far.
-CORRESPONDENCE_WEIGHT, APPEARANCE_WEIGHT, END_PERCENT, STRENGTH = 1.0, 1.0, 0.5, 1.0
+#: What is dragged, and how far guidance goes for it (the sampler's strength).
+MOVES = {"figure": 3.0, "arm": 4.0}
+#: How the drag workflows are set: the appearance target's weight beside the correspondence target's 1, and until when they
+#: guide.
+APPEARANCE_WEIGHT, END_PERCENT = 0.002, 0.6
 INVERSION_STEPS = 50
 FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
 STEPS = 30
@@ -34,8 +35,7 @@ SAME = 0.12  # colours nearer than this are one
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DragTask:
-    """A picture's latent and what is dragged in it: joints' numbers and drags of the same order; anchors are not
-    measured."""
+    """What is dragged in a picture: drags, those of the joints that are measured first, and these joints' numbers."""
 
     drags: tuple[Drag, ...]
     joints: tuple[int, ...]
@@ -59,7 +59,8 @@ def drag_tasks(joints: Tensor, move: str, rng: np.random.Generator) -> DragTask 
         goals = {k: places[shoulder] + turn @ (places[k] - places[shoulder]) for k in (elbow, wrist)}
         inside = all(0.04 < v < 0.96 for goal in goals.values() for v in goal)
         if inside and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
-            return _task(goals, places, anchors=("head", "right hip", "left hip"))
+            middles = [(group[elbow] + group[wrist]) / 2 for group in (places, goals)]
+            return _task(goals, places, Drag(_inside(middles[0]), _inside(middles[1])))
     return None
 
 
@@ -97,9 +98,12 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
         task = drag_tasks(joints, move, rng)
         if task is None:
             continue
-        after = sample(world, drag_target(task.drags), start, GuidanceSettings(strength=STRENGTH), **sampling)
+        region = _moved_region(task)
+        movable = region.float()[None] if move == "arm" else None
+        settings = GuidanceSettings(strength=MOVES[move])
+        after = sample(world, drag_target(task.drags, movable), start, settings, **sampling)
         goals = torch.tensor([drag.end for drag in task.drags[: len(task.joints)]])
-        kept = ~_moved_region(joints, task)
+        kept = ~region
         other = sample(world, None, {"samples": torch.zeros(1, 4, 16, 16)}, **{**sampling, "seed": seed + 5000})
         values = {
             "distance before": _distance_px(joints[list(task.joints)], goals),
@@ -117,12 +121,9 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
 
 def drag_target(drags: tuple[Drag, ...], mask: Tensor | None = None) -> Target:
     """What the drag workflows chain: a correspondence and an appearance target."""
-    look = None
-    if APPEARANCE_WEIGHT:
-        look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
+    look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
     return Target(
-        head=demo_head("demo_correspondence"), weight=CORRESPONDENCE_WEIGHT, end_percent=END_PERCENT, drags=drags, mask=mask,
-        previous=look,
+        head=demo_head("demo_correspondence"), end_percent=END_PERCENT, drags=drags, mask=mask, previous=look
     )  # fmt: skip
 
 
@@ -134,12 +135,14 @@ def identity_table(world: World) -> list[dict[str, Any]]:
         drawn = render(scene)
         reference = world.vae.encode(torch.from_numpy(drawn.image / np.float32(255))[None])
         region = torch.from_numpy(drawn.figure_mask.astype(np.float32))[None]
-        target = Target(
-            head=demo_head("demo_appearance"), reference_latent=reference, reference_mask=region, end_percent=IDENTITY_END
-        )
         start = {"samples": torch.zeros(1, 4, 16, 16)}
         sampling: dict[str, Any] = {"prompt": f"a figure, {scene.wall} wall", "seed": 300 + number, "steps": STEPS}
-        unguided.append(colour_distance(world, sample(world, None, start, **sampling), scene))
+        before = sample(world, None, start, **sampling)
+        unguided.append(colour_distance(world, before, scene))
+        target = Target(
+            head=demo_head("demo_appearance"), reference_latent=reference, reference_mask=region,
+            mask=_figure_region(_joints(world, before)), end_percent=IDENTITY_END,
+        )  # fmt: skip
         made = sample(world, target, start, GuidanceSettings(strength=IDENTITY_STRENGTH), **sampling)
         guided.append(colour_distance(world, made, scene))
     rows = []
@@ -165,10 +168,9 @@ def colour_distance(world: World, picture: Tensor, scene: Any) -> float:
     return float(torch.stack(errors).mean().sqrt())
 
 
-def _task(goals: dict[int, np.ndarray], places: np.ndarray, anchors: tuple[str, ...] = ()) -> DragTask:
+def _task(goals: dict[int, np.ndarray], places: np.ndarray, *more: Drag) -> DragTask:
     drags = [Drag(_inside(places[k]), _inside(goal)) for k, goal in goals.items()]
-    still = [Drag(_inside(places[JOINTS.index(name)]), _inside(places[JOINTS.index(name)])) for name in anchors]
-    return DragTask(drags=(*drags, *still), joints=tuple(goals))
+    return DragTask(drags=(*drags, *more), joints=tuple(goals))
 
 
 def _inside(place: np.ndarray) -> tuple[float, float]:
@@ -185,7 +187,16 @@ def _distance_px(found: Tensor, goals: Tensor, size_px: int = 128) -> float:
     return float((found - goals).norm(dim=-1).mean() * size_px)
 
 
-def _moved_region(joints: Tensor, task: DragTask, size_px: int = 128, margin: float = 0.08) -> Tensor:
+def _figure_region(joints: Tensor, size_px: int = 128) -> Tensor:
+    """Where a figure stands, as somebody would paint it over the picture, (1, H, W)."""
+    grid = (torch.arange(size_px) + 0.5) / size_px
+    places = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).flatten(0, 1)  # (H*W, 2)
+    bones = torch.stack([joints[a] + (joints[b] - joints[a]) * k / 8 for a, b in BONES for k in range(9)])
+    near = torch.cdist(places, bones.to(places.dtype)).amin(1) < 0.06
+    return near.view(1, size_px, size_px).float()
+
+
+def _moved_region(task: DragTask, size_px: int = 128, margin: float = 0.08) -> Tensor:
     """Where the dragged joints were, go, and what lies between, (H, W)."""
     region = torch.zeros(size_px, size_px, dtype=torch.bool)
     points = torch.tensor([point for drag in task.drags[: len(task.joints)] for point in (drag.start, drag.end)])

@@ -11,6 +11,7 @@ Because the guidance travels with the model, every sampler node, guider and samp
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from ..features import Backbone, check_head_fits, detect_backbone
 from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
+from ..guidance.schedule import DRAG_INTERVAL
 from ..heads import ReadoutHead
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 from .memory import with_room_for_graph
@@ -89,10 +91,13 @@ class ModelGuidance:
             target.check_batch(noise.shape[0])
         schedule = [float(s) for s in sigmas]
         ranges = [(target.start_percent, target.end_percent) for target in self.targets]
-        plan = make_plan(ranges, schedule, self.settings, lambda p: float(model_sampling.percent_to_sigma(p)))
+        settings = self.settings
+        if any(target.drags for target in self.targets):
+            settings = dataclasses.replace(settings, interval=min(settings.interval, DRAG_INTERVAL))
+        plan = make_plan(ranges, schedule, settings, lambda p: float(model_sampling.percent_to_sigma(p)))
         if not plan.steps:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        self._run = run = Run(settings=self.settings, backbone=self.backbone, plan=plan, sampler=sampler, sigmas=schedule)
+        self._run = run = Run(settings=settings, backbone=self.backbone, plan=plan, sampler=sampler, sigmas=schedule)
         try:
             out = executor(noise, latent_image, watched(sampler, lambda: run.steps), sigmas, *args, **kwargs)
         finally:

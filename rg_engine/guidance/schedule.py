@@ -14,6 +14,8 @@ from ..types import MODES, Mode
 PATH_PER_TIME = 2.0
 #: Fast mode guides at most once in so much of the diffusion time: few long moves steer as well as many short ones.
 FAST_INTERVAL = 0.1
+#: With drags, more often: what is dragged has to be found again after each move.
+DRAG_INTERVAL = 0.02
 #: Fast mode leaves out a step that stands for less of the diffusion time: one on the very end of its range.
 MIN_TIME = 1e-4
 
