@@ -22,7 +22,7 @@ class ReadoutTargetNode(io.ComfyNode):
             inputs=[
                 ReadoutHead.Input("head", tooltip="What reads the picture."),
                 io.Float.Input(
-                    "weight", default=1.0, min=0.0, max=100.0, step=0.05,
+                    "weight", default=1.0, min=0.0, max=100.0, step=0.001,
                     tooltip="Balances several targets. How far the picture moves is set by the sampler's strength.",
                 ),
                 io.Float.Input("start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Guide from here ..."),

@@ -45,8 +45,11 @@ def to_prompt(workflow: dict[str, Any], node_inputs: Any) -> Prompt:
         for name, spec in {**types.get("required", {}), **types.get("optional", {})}.items():
             options = spec[1] if len(spec) > 1 else {}
             if _is_widget(spec):
-                value = values.pop(0)
-                inputs[name] = value
+                if not values:  # saved before the node had this input
+                    if "default" in options:
+                        inputs[name] = options["default"]
+                    continue
+                inputs[name] = values.pop(0)
                 seeded = options.get("control_after_generate") or name in ("seed", "noise_seed")
                 if seeded and values and values[0] in AFTER_GENERATE:
                     values.pop(0)
