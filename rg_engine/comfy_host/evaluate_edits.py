@@ -13,7 +13,7 @@ from torch import Tensor
 from ..demo.estimator import joint_positions
 from ..demo.render import render
 from ..demo.scene_pictures import sample_scenes
-from ..demo.world import BONES, COLOURS, JOINTS
+from ..demo.world import COLOURS, JOINTS
 from ..guidance import GuidanceSettings, Target
 from ..types import Drag
 from .demo_world import World, demo_head, sample
@@ -134,15 +134,10 @@ def identity_table(world: World) -> list[dict[str, Any]]:
     for number, scene in enumerate(scenes):
         drawn = render(scene)
         reference = world.vae.encode(torch.from_numpy(drawn.image / np.float32(255))[None])
-        region = torch.from_numpy(drawn.figure_mask.astype(np.float32))[None]
         start = {"samples": torch.zeros(1, 4, 16, 16)}
         sampling: dict[str, Any] = {"prompt": f"a figure, {scene.wall} wall", "seed": 300 + number, "steps": STEPS}
-        before = sample(world, None, start, **sampling)
-        unguided.append(colour_distance(world, before, scene))
-        target = Target(
-            head=demo_head("demo_appearance"), reference_latent=reference, reference_mask=region,
-            mask=_figure_region(_joints(world, before)), end_percent=IDENTITY_END,
-        )  # fmt: skip
+        unguided.append(colour_distance(world, sample(world, None, start, **sampling), scene))
+        target = Target(head=demo_head("demo_appearance"), reference_latent=reference, end_percent=IDENTITY_END)
         made = sample(world, target, start, GuidanceSettings(strength=IDENTITY_STRENGTH), **sampling)
         guided.append(colour_distance(world, made, scene))
     rows = []
@@ -185,15 +180,6 @@ def _joints(world: World, picture: Tensor) -> Tensor:
 
 def _distance_px(found: Tensor, goals: Tensor, size_px: int = 128) -> float:
     return float((found - goals).norm(dim=-1).mean() * size_px)
-
-
-def _figure_region(joints: Tensor, size_px: int = 128) -> Tensor:
-    """Where a figure stands, as somebody would paint it over the picture, (1, H, W)."""
-    grid = (torch.arange(size_px) + 0.5) / size_px
-    places = torch.stack(torch.meshgrid(grid, grid, indexing="xy"), -1).flatten(0, 1)  # (H*W, 2)
-    bones = torch.stack([joints[a] + (joints[b] - joints[a]) * k / 8 for a, b in BONES for k in range(9)])
-    near = torch.cdist(places, bones.to(places.dtype)).amin(1) < 0.06
-    return near.view(1, size_px, size_px).float()
 
 
 def _moved_region(task: DragTask, size_px: int = 128, margin: float = 0.08) -> Tensor:
