@@ -35,9 +35,8 @@ def train_head(
     wanted = model.model.latent_format.latent_channels
     if examples.latents.shape[1] != wanted:
         raise TrainingError(
-            f"the latents have {examples.latents.shape[1]} channels and the model works on {wanted}: encode the pictures "
-            f"with "
-            "the VAE that belongs to the model"
+            f"the latents have {examples.latents.shape[1]} channels and the model works on {wanted}: encode the "
+            "pictures with the VAE that belongs to the model"
         )
     rows = {len(context) for context, _ in positive or []}
     if rows - {1, len(examples.latents)}:

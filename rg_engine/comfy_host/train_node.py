@@ -73,9 +73,8 @@ def graph_examples(kind: HeadKind, latents: Tensor, targets: Any) -> Examples:
         )
     if truth == "maps" and kind == "lgp" and targets.shape[1] != latents.shape[1]:
         raise TrainingError(
-            f"targets of an lgp head are encoded edge maps, and these have {targets.shape[1]} channels where the latents "
-            f"have "
-            f"{latents.shape[1]}: put the edge maps through VAE Encode"
+            f"targets of an lgp head are encoded edge maps, and these have {targets.shape[1]} channels where the "
+            f"latents have {latents.shape[1]}: put the edge maps through VAE Encode"
         )
     if truth == "maps":
         pictures = targets.shape[-1] <= 4 and targets.shape[1] > 4  # (N, H, W, C), as pictures come

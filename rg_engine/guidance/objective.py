@@ -68,8 +68,7 @@ class Objective:
             if held.any():
                 raise TargetError(
                     f"drag {int(held.nonzero()[0]) + 1} of head {target.head.name!r} starts where the mask is black, so "
-                    f"that nothing "
-                    "there may move: draw the mask over it, or remove the arrow"
+                    "that nothing there may move: draw the mask over it, or remove the arrow"
                 )
 
     @property
@@ -163,10 +162,9 @@ def _points(target: Target, size: tuple[int, int], device: torch.device) -> tupl
         outside = ((points < -1e-3) | (points > 1 + 1e-3)).flatten(1).any(1)
         if outside.any():
             raise TargetError(
-                f"drag {int(outside.nonzero()[0]) + 1} of head {target.head.name!r} leaves the picture that is made: it "
-                f"has the "
-                f"aspect {size[1]}:{size[0]}, so that the arrows' picture is cropped. Make the latent of the picture's "
-                f"aspect"
+                f"drag {int(outside.nonzero()[0]) + 1} of head {target.head.name!r} leaves the picture that is made: "
+                f"it has the aspect {size[1]}:{size[0]}, so that the arrows' picture is cropped. Make the latent of "
+                "the picture's aspect"
             )
         points = points.clamp(0, 1)
     return points[:, 0], points[:, 1]

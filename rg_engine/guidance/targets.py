@@ -22,9 +22,11 @@ class Target:
     head: what reads. weight: its share of the loss. start_percent, end_percent: the part of the diffusion time in which
     it guides. image: the control of a spatial target, (B or 1, H, W, C) in 0..1, any size. readout: instead of it, what
     such a head reads in another picture, (B or 1, D, h, w); the control of a keypoint target. mask: (B or 1, H, W) in 0..1,
-    where the loss counts. drags: for a correspondence target. reference_latent: (B or 1, C, h, w), for an appearance
-    target; for an lgp target the encoded sketch. Values of pictures outside 0..1 are clamped. Raises TargetError for
-    anything missing or malformed.
+    where the loss counts; of a correspondence target, what may move. drags: of a correspondence target; frames: in so
+    many steps; drag_aspect: width / height of the picture that they were drawn on, if it may differ from the latent's.
+    reference_latent: (B or 1, C, h, w), of an appearance target; of an lgp target, the encoded sketch. reference_mask:
+    (B or 1, H, W), what counts of an appearance target's reference. Values of pictures outside 0..1 are clamped. Raises
+    TargetError for anything missing or malformed.
     """
 
     head: ReadoutHead
@@ -63,15 +65,13 @@ class Target:
             raise TargetError(f"head {name!r} is a correspondence head and needs drags: connect drag_points with an arrow")
         if kind == "keypoint" and self.readout is None:
             raise TargetError(
-                f"head {name!r} is a keypoint head and needs heat maps, one a joint: connect readout (of Read Out with "
-                f"this head "
-                "on a picture in the pose wanted)"
+                f"head {name!r} is a keypoint head and needs heat maps, one a joint: connect readout (of Read Out "
+                "with this head on a picture in the pose wanted)"
             )
         if kind == "lgp" and self.reference_latent is None and self.readout is None:
             raise TargetError(
-                f"head {name!r} reads encoded edges and needs an encoded sketch: connect reference_latent (the edge map "
-                f"through "
-                "VAE Encode)"
+                f"head {name!r} reads encoded edges and needs an encoded sketch: connect reference_latent (the edge "
+                "map through VAE Encode)"
             )
         if self.image is not None:
             _check_picture(self.image, "image", 4, name)
@@ -104,9 +104,8 @@ class Target:
             _check_picture(maps, what, 4, name)
             if (what == "readout" or kind == "lgp") and self.head.output_channels not in (0, maps.shape[1]):
                 raise TargetError(
-                    f"head {name!r} reads {self.head.output_channels} channels but {what} has {maps.shape[1]}: give what "
-                    f"this "
-                    "head reads"
+                    f"head {name!r} reads {self.head.output_channels} channels but {what} has {maps.shape[1]}: give "
+                    "what this head reads"
                 )
 
     @property

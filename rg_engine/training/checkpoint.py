@@ -49,9 +49,8 @@ def load_checkpoint(path: Path, settings: dict[str, Any]) -> dict[str, Any] | No
     ]
     if changed:
         raise TrainingError(
-            f"the checkpoint {path.name!r} belongs to another training ({'; '.join(changed[:3])}): delete it to begin "
-            f"anew, or "
-            "go on with its settings"
+            f"the checkpoint {path.name!r} belongs to another training ({'; '.join(changed[:3])}): delete it to "
+            "begin anew, or go on with its settings"
         )
     return state
 

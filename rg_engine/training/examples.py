@@ -117,9 +117,8 @@ def _check_tracks(tracks: Tensor) -> None:
         raise TrainingError("there is no point in any of the tracks: every row is NaN, which is padding")
     if not torch.isfinite(given).all() or given.min() < 0 or given.max() > 1:
         raise TrainingError(
-            f"tracks go from {given.min():g} to {given.max():g}, outside the picture: x and y are fractions of its width "
-            f"and "
-            "height, between 0 and 1. Leave out points that are not seen"
+            f"tracks go from {given.min():g} to {given.max():g}, outside the picture: x and y are fractions of its "
+            "width and height, between 0 and 1. Leave out points that are not seen"
         )
 
 

@@ -83,9 +83,8 @@ def check_alike(picture: Path, control: Path) -> None:
     with _opened(picture) as a, _opened(control) as b:
         if abs(a.width * b.height - b.width * a.height) > 0.01 * a.width * b.height:
             raise TrainingError(
-                f"{picture.name!r} is {a.width}x{a.height} and its control {control.name!r} {b.width}x{b.height}: they "
-                f"must show "
-                "the same part of the scene"
+                f"{picture.name!r} is {a.width}x{a.height} and its control {control.name!r} {b.width}x{b.height}: "
+                "they must show the same part of the scene"
             )
 
 
@@ -146,7 +145,7 @@ def _tracks(path: Path, frames: list[Path]) -> np.ndarray:
     if tracks.ndim != 3 or tracks.shape[2] != 2 or len(tracks) != len(frames) or len(frames) < 2:
         raise TrainingError(
             f"{path.parent.name}/{path.name} has tracks of shape {tracks.shape} for {len(frames)} frames: expected "
-            f"(frames, points, 2)"
+            "(frames, points, 2)"
         )
     visible = np.asarray(found.get("visible", np.ones(tracks.shape[:2])), bool)
     if visible.shape != tracks.shape[:2]:
@@ -158,8 +157,8 @@ def _tracks(path: Path, frames: list[Path]) -> np.ndarray:
     seen = tracks[visible]
     if not np.isfinite(seen).all() or (seen < 0).any() or (seen > (width, height)).any():
         raise TrainingError(
-            f"{path.parent.name}/{path.name} has points outside its frames of {width}x{height} pixels that are marked "
-            f"visible"
+            f"{path.parent.name}/{path.name} has points outside its frames of {width}x{height} pixels that are "
+            "marked visible"
         )
     left, top, side = crop_of(width, height)
     points = (tracks - (left, top)) / side
