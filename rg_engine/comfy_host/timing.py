@@ -15,7 +15,7 @@ from .demo_model import load_demo_model
 from .folders import load_named_head
 from .sampling import guided_ksampler
 
-REPEATS = 5
+REPEATS = 3
 PICTURES = 4
 
 
