@@ -93,13 +93,7 @@ def pairs_table(world: World) -> list[dict[str, Any]]:
     rows = []
     for count in PAIRS:
         head = _trial(world, recipe, count)
-        rows.append(
-            {
-                "pairs": count,
-                **_rounded(read_scores(world, head, recipe, 0.2)),
-                **_rounded(guided_scores(world, recipe, head)),
-            }
-        )
+        rows.append({"pairs": count, **_all_scores(world, recipe, head)})
     return rows
 
 
@@ -109,13 +103,7 @@ def conventions_table(world: World) -> list[dict[str, Any]]:
     rows = []
     for convention in ("t", "reversed"):
         head = _trial(world, recipe, 100, **({} if convention == "t" else {"timestep_convention": convention}))
-        rows.append(
-            {
-                "trained with": convention,
-                **_rounded(read_scores(world, head, recipe, 0.2)),
-                **_rounded(guided_scores(world, recipe, head)),
-            }
-        )
+        rows.append({"trained with": convention, **_all_scores(world, recipe, head)})
     return rows
 
 
@@ -185,6 +173,10 @@ def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) ->
             anchor, same, other = readout.unflatten(0, (-1, 3)).unbind(1)
             near, far = (F.cosine_similarity(anchor, maps, dim=1).flatten(1).mean(1) for maps in (same, other))
             return {"auc": auc(near, far)}
+
+
+def _all_scores(world: World, recipe: Recipe, head: ReadoutHead) -> dict[str, float]:
+    return _rounded({**read_scores(world, head, recipe, 0.2), **guided_scores(world, recipe, head)})
 
 
 def guided_scores(world: World, recipe: Recipe, head: ReadoutHead | None = None) -> dict[str, float]:

@@ -19,7 +19,7 @@ from ..training import Examples, Progress
 from ..training.config import TrainingConfig
 from ..training.distributed import Ranks, joined
 from ..training.folders import FileExamples, gather_files, load_picture, prompt_of
-from ..training.new_head import CONTROL_RANGE
+from ..training.new_head import as_controls, empty_value
 from ..training.plot import loss_plot
 from .demo_model import load_demo_model
 from .train_head import train_head
@@ -61,7 +61,8 @@ def train_from_files(config: TrainingConfig) -> None:
 
         head, history = train_head(
             model, examples, config.settings, name=config.out.name, positive=positive, projection=config.width,
-            background=_background(config), temperature=config.temperature, margin=config.margin, checkpoint=checkpoint,
+            background=empty_value(config.kind, config.sparse), temperature=config.temperature, margin=config.margin,
+            checkpoint=checkpoint,
             facts={"model": Path(config.model).name}, ranks=ranks, report=_reporter(log, ranks), keep=keep,
         )  # fmt: skip
         if ranks.first:
@@ -110,16 +111,7 @@ def _truth(config: TrainingConfig, files: FileExamples, latents: Tensor, vae: An
     if config.kind == "lgp":
         return _encode(files.controls, vae, config.size)
     maps = torch.stack([fit(load_picture(path, config.size).permute(2, 0, 1)[None], cells)[0] for path in files.controls])
-    if all(torch.equal(each, each[:1].expand_as(each)) for each in maps):  # grey
-        maps = maps[:, :1]
-    low, high = CONTROL_RANGE
-    return low + (high - low) * maps
-
-
-def _background(config: TrainingConfig) -> float | None:
-    if not config.sparse or config.kind not in ("spatial", "keypoint"):
-        return None
-    return 0.0 if config.kind == "keypoint" else CONTROL_RANGE[0]
+    return as_controls(maps)
 
 
 def _cut_back(log: Path, checkpoint: Path) -> None:

@@ -16,7 +16,7 @@ from ..guidance.pictures import readout_picture
 from ..guidance.targets import fit
 from ..heads import HeadSpec, ReadoutHead
 from ..training import Examples, Progress, TrainingSettings, in_a_row, lesson_of
-from ..training.new_head import CONTROL_RANGE
+from ..training.new_head import as_controls, empty_value, range_of
 from ..training.plot import loss_plot
 from ..types import HeadKind
 from .folders import checkpoint_path, save_named_head
@@ -51,11 +51,10 @@ def train_in_graph(
         name = save_named_head(head, f"interrupted_{kind}", overwrite=True)
         log.warning("The training broke off after %d steps; its best head is %s.", head.spec.training["steps"], name)
 
-    spec = HeadSpec(kind=kind, feature_channels=(), control_range=(0.0, 1.0) if kind == "keypoint" else CONTROL_RANGE)
-    background = spec.control_range[0] if sparse and kind in ("spatial", "keypoint") else None
+    spec = HeadSpec(kind=kind, feature_channels=(), control_range=range_of(kind))
     head, history = train_head(
-        model, examples, settings, name=f"{kind} head", positive=positive, projection=projection, background=background,
-        checkpoint=path, report=report, keep=keep,
+        model, examples, settings, name=f"{kind} head", positive=positive, projection=projection,
+        background=empty_value(kind, sparse), checkpoint=path, report=report, keep=keep,
     )  # fmt: skip
     return head, loss_plot(history, kind), latest[0]
 
@@ -79,12 +78,10 @@ def graph_examples(kind: HeadKind, latents: Tensor, targets: Any) -> Examples:
     if truth == "maps":
         pictures = targets.shape[-1] <= 4 and targets.shape[1] > 4  # (N, H, W, C), as pictures come
         maps = fit((targets.movedim(-1, 1) if pictures else targets).float(), (latents.shape[-2], latents.shape[-1]))
-        low, high = CONTROL_RANGE
         if kind == "spatial":
             if not pictures:
                 raise TrainingError("a spatial head learns from pictures: connect a batch of control pictures as targets")
-            grey = maps.shape[1] > 1 and bool(torch.equal(maps, maps[:, :1].expand_as(maps)))
-            maps = low + (high - low) * (maps[:, :1] if grey else maps).clamp(0, 1)
+            maps = as_controls(maps)
         targets = maps
     return in_a_row(kind, latents, targets.clone())
 

@@ -95,9 +95,8 @@ class Target:
         if not 1 <= self.frames <= 1000:
             raise TargetError(f"frames is {self.frames}: it must be between 1 and 1000")
         if self.readout is not None and kind in ("appearance", "correspondence"):
-            raise TargetError(
-                f"head {name!r} is an {kind} head and follows no readout: disconnect readout".replace("an corr", "a corr")
-            )
+            article = "an" if kind == "appearance" else "a"
+            raise TargetError(f"head {name!r} is {article} {kind} head and follows no readout: disconnect readout")
         for what, maps in (("reference_latent", self.reference_latent), ("readout", self.readout)):
             if maps is None:
                 continue

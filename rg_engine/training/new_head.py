@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from ..features import Backbone
 from ..heads import AggregationNetwork, HeadSpec, PixelNetwork, ReadoutHead
@@ -12,6 +13,24 @@ from ..types import HeadKind
 
 #: The range that maps of 0..1 are brought to, as the authors' pose and edge heads have it.
 CONTROL_RANGE = (-0.5, 0.5)
+
+
+def range_of(kind: HeadKind) -> tuple[float, float]:
+    """The range of what a kind of head learns."""
+    return (0.0, 1.0) if kind == "keypoint" else CONTROL_RANGE
+
+
+def empty_value(kind: HeadKind, sparse: bool) -> float | None:
+    """The background of sparse controls, as :func:`lesson_of` takes it; None for dense ones and other kinds."""
+    return range_of(kind)[0] if sparse and kind in ("spatial", "keypoint") else None
+
+
+def as_controls(maps: Tensor) -> Tensor:
+    """Control pictures (N, C, h, w) in 0..1 as a spatial head learns them: in CONTROL_RANGE, grey ones in one channel."""
+    if maps.shape[1] > 1 and torch.equal(maps, maps[:, :1].expand_as(maps)):
+        maps = maps[:, :1]
+    low, high = CONTROL_RANGE
+    return low + (high - low) * maps.clamp(0, 1)
 
 
 @torch.inference_mode(False)
@@ -43,7 +62,7 @@ def new_head(
         feature_channels=backbone.channels,
         taps=backbone.taps,
         backbone=backbone_name or backbone.name,
-        control_range=(0.0, 1.0) if kind == "keypoint" else CONTROL_RANGE,
+        control_range=range_of(kind),
         use_emb=kind != "correspondence",
         activation=network.activation if isinstance(network, AggregationNetwork) else "none",
         training=training or {},
