@@ -59,6 +59,7 @@ class DemoScene(io.ComfyNode):
                 io.String.Output("caption", display_name="caption", tooltip="Of the first scene."),
                 Readout.Output("keypoints", display_name="keypoints", tooltip="A heat map a joint, for keypoint heads."),
                 Tracks.Output("tracks", display_name="tracks", tooltip="Points of pairs, for correspondence heads."),
+                io.Mask.Output("figure", display_name="figure", tooltip="Where the figure is."),
             ],
         )
 
@@ -66,7 +67,14 @@ class DemoScene(io.ComfyNode):
     def execute(cls, seed: int, count: int, figure_only: bool, sequence: str = "scenes") -> io.NodeOutput:
         drawn = scene_pictures(seed, count, figure_only, sequence)  # type: ignore[arg-type]
         return io.NodeOutput(
-            drawn.picture, drawn.pose, drawn.depth, drawn.edges, drawn.captions[0], drawn.keypoints, drawn.tracks
+            drawn.picture,
+            drawn.pose,
+            drawn.depth,
+            drawn.edges,
+            drawn.captions[0],
+            drawn.keypoints,
+            drawn.tracks,
+            drawn.figure,
         )
 
 

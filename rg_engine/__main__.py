@@ -38,9 +38,12 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("parts", nargs="*", default=[], help="pictures autoencoder latents denoiser estimator heads; all")
     make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     make.add_argument("--device", default="cpu")
-    make.add_argument("--shards", type=int, default=30, help="of 2000 pictures")
-    for part, steps in (("autoencoder", 3400), ("denoiser", 5400), ("estimator", 900)):
+    make.add_argument("--shards", type=int, default=60, help="of 2000 pictures")
+    make.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    make.add_argument("--heads", nargs="+", default=None, help="of the part heads, only these")
+    for part, steps, batch in (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("estimator", 6000, 64)):
         make.add_argument(f"--{part}-steps", type=int, default=steps)
+        make.add_argument(f"--{part}-batch", type=int, default=batch)
 
     options = parser.parse_args(arguments)
     try:
@@ -73,8 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             from .comfy_host.demo_training import PARTS, train_demo
 
-            counts = {part: getattr(options, f"{part}_steps") for part in ("autoencoder", "denoiser", "estimator")}
-            train_demo(options.parts or list(PARTS), options.work, options.device, options.shards, counts)
+            train_demo(options.parts or list(PARTS), options.work, options)
     except ReadoutGuidanceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

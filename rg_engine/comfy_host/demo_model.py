@@ -204,7 +204,6 @@ class Denoiser(nn.Module):
         self.unet.float().requires_grad_(True)
         self.text = TextEncoder()
 
-    def predict(self, z: Tensor, timestep: Tensor, captions: list[str]) -> Tensor:
-        """v of VP latents z (B, C, h, w) at timestep (B,) under captions."""
-        tokens = torch.tensor([pad(tokenize(caption)[0]) for caption in captions], device=z.device)
+    def predict(self, z: Tensor, timestep: Tensor, tokens: Tensor) -> Tensor:
+        """v of VP latents z (B, C, h, w) at timestep (B,) under captions' tokens (B, 16)."""
         return self.unet(z, timestep, context=self.text(tokens))

@@ -17,29 +17,41 @@ from .demo_model import Denoiser
 PARTS = ("pictures", "autoencoder", "latents", "denoiser", "estimator", "heads")
 
 
-def train_demo(parts: list[str], work: Path, device: str, shards: int, steps: dict[str, int]) -> None:
-    """Make the files of ``parts`` in order; ``work`` holds data and checkpoints."""
-    data = work / "data"
+def train_demo(parts: list[str], work: Path, options: Any) -> None:
+    """Make the files of ``parts`` in order; ``work`` holds data and checkpoints, ``options`` are the command's."""
+    data, device = work / "data", options.device
     for part in [p for p in PARTS if p in parts]:
         print(f"{part} ...", flush=True)
         if part == "pictures":
-            train.make_pictures(data, shards)
+            train.make_pictures(data, options.shards, workers=options.workers)
         elif part == "autoencoder":
-            train.train_autoencoder(data, work / AUTOENCODER.name, steps[part], device=device)
+            train.train_autoencoder(
+                data, work / AUTOENCODER.name, options.autoencoder_steps, options.autoencoder_batch, device
+            )
             shutil.copy(work / AUTOENCODER.name, AUTOENCODER)
         elif part == "latents":
             train.encode_pictures(data, _autoencoder(device), device)
         elif part == "denoiser":
             torch.manual_seed(0)
             model = Denoiser().to(device)
-            train.train_denoiser(model, model.predict, data, work / DENOISER.name, steps[part], device=device)
+            train.train_denoiser(
+                model,
+                model.predict,
+                data,
+                work / DENOISER.name,
+                options.denoiser_steps,
+                options.denoiser_batch,
+                device=device,
+            )
             shutil.copy(work / DENOISER.name, DENOISER)
         elif part == "estimator":
             torch.manual_seed(0)
-            train.train_estimator(data, _autoencoder(device), work / ESTIMATOR.name, steps[part], device=device)
+            train.train_estimator(
+                data, _autoencoder(device), work / ESTIMATOR.name, options.estimator_steps, options.estimator_batch, device
+            )
             shutil.copy(work / ESTIMATOR.name, ESTIMATOR)
         else:
-            train_demo_heads(work / "heads")
+            train_demo_heads(work / "heads", names=options.heads)
 
 
 def _autoencoder(device: str) -> Any:

@@ -43,7 +43,8 @@ def train_head(
         raise TrainingError(
             f"the prompt has {max(rows)} rows for {len(examples.latents)} pictures: give one for all of them, or one each"
         )
-    channels = 0 if examples.truth is None or examples.kind == "correspondence" else examples.truth.shape[1]
+    maps = lesson_of(examples.kind).truth == "maps"
+    channels = examples.truth.shape[1] if maps and examples.truth is not None else 0
     head = new_head(
         examples.kind, backbone_of(model), name=name, output_channels=channels, projection=projection, seed=settings.seed,
         training=facts,

@@ -60,15 +60,26 @@ def train_in_graph(
 
 
 def graph_examples(kind: HeadKind, latents: Tensor, targets: Any) -> Examples:
-    """Examples of what a graph holds: latents (M, C, h, w), and pictures, heat maps, a LATENT or tracks as targets."""
+    """Examples of what a graph holds: latents (M, C, h, w), and pictures, heat maps, a LATENT, tracks or masks as
+    targets."""
     truth = lesson_of(kind).truth
     if isinstance(targets, dict):
         targets = targets["samples"]
-    if targets is None or truth == "none":
-        return in_a_row(kind, latents, targets)
+    if targets is None:
+        return in_a_row(kind, latents, None)
+    if truth == "regions" and isinstance(targets, Tensor) and targets.ndim == 4 and targets.shape[-1] <= 4:
+        targets = targets.mean(-1)  # pictures of masks
+    if truth == "regions" and isinstance(targets, Tensor) and targets.ndim == 3:
+        if len(targets) != len(latents):
+            raise TrainingError(
+                f"there are {len(targets)} masks for {len(latents)} pictures: give one a picture, or none at all"
+            )
+        masks = fit(targets[:, None].float().clamp(0, 1), (latents.shape[-2], latents.shape[-1]))  # (M, 1, h, w)
+        pictures = lesson_of(kind).pictures
+        targets = masks[: len(masks) // pictures * pictures].reshape(-1, pictures, *masks.shape[-2:])
     if not isinstance(targets, Tensor) or targets.ndim != 4:
         raise TrainingError(
-            f"targets are {type(targets).__name__}: connect a batch of pictures, heat maps, a latent or tracks"
+            f"targets are {type(targets).__name__}: connect a batch of pictures, heat maps, a latent, tracks or masks"
         )
     if truth == "maps" and kind == "lgp" and targets.shape[1] != latents.shape[1]:
         raise TrainingError(

@@ -21,9 +21,11 @@ TRACKED_POINTS = 32
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ScenePictures:
-    """N pictures of 128 pixels square: picture, pose, depth, edges (N, 128, 128, 3) in 0..1; keypoints (N, 14, 32, 32) in
-    0..1, a heat map a joint; tracks (N / 2, 32, 2, 2) of pairs, [point, picture, (x, y)] as fractions, NaN where there are
-    fewer.
+    """N pictures of 128 pixels square.
+
+    picture, pose, depth, edges (N, 128, 128, 3) in 0..1; keypoints (N, 14, 32, 32) in 0..1, a heat map a joint; figure
+    (N, 128, 128), 1 where the figure is; tracks (N / 2, 32, 2, 2) of pairs, [point, picture, (x, y)] as fractions, NaN where
+    there are fewer.
     """
 
     scenes: list[Scene]
@@ -32,6 +34,7 @@ class ScenePictures:
     depth: Tensor
     edges: Tensor
     keypoints: Tensor
+    figure: Tensor
     tracks: Tensor
 
     @property
@@ -77,6 +80,7 @@ def scene_pictures(seed: int, count: int, figure_only: bool = False, sequence: S
         depth=_stack([np.repeat(each.depth.clip(0, 1)[..., None], 3, -1) for each in drawn]),
         edges=_stack([np.repeat(edge_map(each.image)[..., None], 3, -1) for each in drawn]),
         keypoints=_stack([joint_heatmaps(scene.figure, HEATMAP_PX, spread=0.05) for scene in scenes]),
+        figure=_stack([each.figure_mask for each in drawn]),
         tracks=torch.from_numpy(tracks),
     )
 

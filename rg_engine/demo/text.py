@@ -40,3 +40,8 @@ class TextEncoder(nn.Module):
 
 def pad(tokens: list[int]) -> list[int]:
     return tokens + [0] * (MAX_TOKENS - len(tokens))
+
+
+def as_tokens(captions: list[str]) -> Tensor:
+    """Token ids of captions, (B, 16)."""
+    return torch.tensor([pad(tokenize(caption)[0]) for caption in captions])

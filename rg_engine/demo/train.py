@@ -8,42 +8,54 @@ from __future__ import annotations
 
 import json
 import math
+import multiprocessing
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import autoencoder, estimator, render, world
+from . import autoencoder, estimator, render, text, world
 
 SIZE_PX = 128
 
 
-def make_pictures(folder: Path, shards: int, per_shard: int = 2000) -> None:
+def make_pictures(folder: Path, shards: int, per_shard: int = 2000, workers: int = 1) -> None:
     """Render shards of scenes (picture, caption, disparity, joints) into ``folder``; those already there are kept."""
     folder.mkdir(parents=True, exist_ok=True)
-    for shard in range(shards):
-        path = folder / f"pictures_{shard:04d}.npz"
-        if path.exists():
-            continue
-        rng = np.random.default_rng([20, shard])
-        images = np.empty((per_shard, SIZE_PX, SIZE_PX, 3), np.uint8)
-        depth = np.empty((per_shard, SIZE_PX // 2, SIZE_PX // 2), np.float16)
-        joints = np.full((per_shard, len(world.JOINTS), 2), np.nan, np.float32)
-        captions = []
-        for i in range(per_shard):
-            scene = world.sample_scene(rng)
-            drawn = render.render(scene, SIZE_PX)
-            images[i], depth[i] = drawn.image, drawn.depth[::2, ::2]
-            if scene.figure is not None:
-                joints[i] = scene.figure.joints()
-            captions.append(scene.caption())
-        partial = path.with_suffix(".partial.npz")
-        np.savez(partial, images=images, depth=depth, joints=joints, captions=np.array(captions))
-        os.replace(partial, path)
+    one = partial(_make_shard, folder, per_shard)
+    if workers == 1:
+        list(map(one, range(shards)))
+        return
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(one, range(shards)))
+
+
+def _make_shard(folder: Path, per_shard: int, shard: int) -> None:
+    path = folder / f"pictures_{shard:04d}.npz"
+    if path.exists():
+        return
+    rng = np.random.default_rng([20, shard])
+    images = np.empty((per_shard, SIZE_PX, SIZE_PX, 3), np.uint8)
+    depth = np.empty((per_shard, SIZE_PX // 2, SIZE_PX // 2), np.float16)
+    joints = np.full((per_shard, len(world.JOINTS), 2), np.nan, np.float32)
+    captions = []
+    for i in range(per_shard):
+        scene = world.sample_scene(rng)
+        drawn = render.render(scene, SIZE_PX)
+        images[i], depth[i] = drawn.image, drawn.depth[::2, ::2]
+        if scene.figure is not None:
+            joints[i] = scene.figure.joints()
+        captions.append(scene.caption())
+    unfinished = path.with_suffix(".partial.npz")
+    np.savez(unfinished, images=images, depth=depth, joints=joints, captions=np.array(captions))
+    os.replace(unfinished, path)
 
 
 def train_autoencoder(data: Path, out: Path, steps: int, batch: int = 16, device: str = "cpu") -> None:
@@ -73,50 +85,52 @@ def encode_pictures(data: Path, model: autoencoder.Autoencoder, device: str = "c
 
 def train_denoiser(
     model: nn.Module,
-    predict: Callable[[Tensor, Tensor, list[str]], Tensor],
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
     data: Path,
     out: Path,
     steps: int,
-    batch: int = 64,
-    learning_rate: float = 8e-4,
+    batch: int = 1024,
+    learning_rate: float = 1.5e-3,
     device: str = "cpu",
 ) -> None:
     """Train ``model`` to predict v on the cached latents (SD's noise schedule, 12% of the captions left out).
 
-    ``predict(z, timestep, captions)`` runs it; z (B, C, h, w) is the VP latent, timestep (B,) in 0..999.
+    ``predict(z, timestep, tokens)`` runs it; z (B, C, h, w) is the VP latent, timestep (B,) in 0..999, tokens (B, 16).
     """
-    latents, captions = torch.from_numpy(_load(data, "latents", "latents")), _load(data, "captions", "latents")
+    latents = torch.from_numpy(_load(data, "latents", "latents")).to(device)
+    tokens = text.as_tokens([str(caption) for caption in _load(data, "captions", "latents")]).to(device)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
-    alpha_bar = torch.cumprod(1 - betas, 0).float()
+    alpha_bar = torch.cumprod(1 - betas, 0).float().to(device)
 
     def compute_loss(step: int) -> Tensor:
-        rng = np.random.default_rng([22, step])
-        pick = rng.integers(len(latents), size=batch)
-        kept = rng.random(batch) >= 0.12
-        generator = torch.Generator().manual_seed(step)
-        x0 = latents[torch.from_numpy(pick)].float()
-        t = ((torch.rand(batch, generator=generator) + torch.arange(batch)) / batch * 1000).long().clamp(max=999)
-        noise = torch.randn(x0.shape, generator=generator)
+        generator = torch.Generator(device).manual_seed(step)
+        draw = partial(torch.rand, batch, generator=generator, device=device)
+        pick = (draw() * len(latents)).long()
+        x0, words = latents[pick].float(), tokens[pick] * (draw() >= 0.12)[:, None]  # 0 is padding: no caption
+        t = ((draw() + torch.arange(batch, device=device)) / batch * 1000).long().clamp(max=999)
+        noise = torch.randn(x0.shape, generator=generator, device=device)
         a, s = alpha_bar[t].sqrt()[:, None, None, None], (1 - alpha_bar[t]).sqrt()[:, None, None, None]
         z, v = a * x0 + s * noise, a * noise - s * x0
-        words = [str(captions[i]) if keep else "" for i, keep in zip(pick, kept, strict=True)]
-        return nn.functional.mse_loss(predict(z.to(device), t.to(device), words).float(), v.to(device))
+        return nn.functional.mse_loss(predict(z, t, words).float(), v)
 
     _loop(model, compute_loss, out, steps, learning_rate)
 
 
-def train_estimator(data: Path, model: autoencoder.Autoencoder, out: Path, steps: int, device: str = "cpu") -> None:
+def train_estimator(
+    data: Path, model: autoencoder.Autoencoder, out: Path, steps: int, batch: int = 32, device: str = "cpu"
+) -> None:
     """Train the pixel estimator, half on rendered pictures, half on the same after a round trip through the autoencoder."""
     net = estimator.Estimator().to(device)
     pictures, depth, joints = _load(data, "images"), _load(data, "depth"), _load(data, "joints")
 
     def compute_loss(step: int) -> Tensor:
         rng = np.random.default_rng([23, step])
-        pick = rng.integers(len(pictures), size=32)
+        pick = rng.integers(len(pictures), size=batch)
         x = _as_input(pictures[pick], device)
         with torch.no_grad():
-            z = model.encode(x[:16])
-            x = torch.cat([model.decode(z + 0.15 * torch.rand(1) * torch.randn_like(z)).clamp(-1, 1), x[16:]])
+            z = model.encode(x[: batch // 2])
+            rebuilt = model.decode(z + 0.15 * rng.random() * torch.randn_like(z)).clamp(-1, 1)
+            x = torch.cat([rebuilt, x[batch // 2 :]])
         return estimator.loss(net(x), torch.from_numpy(joints[pick]).to(device), torch.from_numpy(depth[pick]).to(device))
 
     _loop(net, compute_loss, out, steps, learning_rate=2e-3)
@@ -144,8 +158,10 @@ def _loop(
 ) -> None:
     """AdamW with warm-up and cosine decay, bf16 autocast, EMA; saves the EMA and resumes from ``out``.state."""
     device = next(model.parameters()).device.type
-    optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99))
-    average = torch.optim.swa_utils.AveragedModel(model, avg_fn=_moving_average)
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=device == "cuda"
+    )
+    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_moving_average)
     state_path, start = out.with_suffix(".state"), 0
     out.parent.mkdir(parents=True, exist_ok=True)
     if state_path.exists():
@@ -155,7 +171,7 @@ def _loop(
         average.load_state_dict(state["average"])
         start = state["step"]
     model.train()
-    losses: list[float] = []
+    losses: list[Tensor] = []
     saved = logged = time.monotonic()
     for step in range(start, steps):
         rate = learning_rate * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
@@ -168,12 +184,12 @@ def _loop(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         average.update_parameters(model)
-        losses.append(loss.item())
+        losses.append(loss.detach())
         now = time.monotonic()
         if now - logged > 20 or step == steps - 1:
             line = {
                 "step": step + 1,
-                "loss": round(float(np.mean(losses)), 5),
+                "loss": round(float(torch.stack(losses).mean()), 5),
                 "steps_per_s": round(len(losses) / (now - logged), 2),
             }
             with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
@@ -193,10 +209,11 @@ def _loop(
     model.load_state_dict(average.module.state_dict())
 
 
-def _moving_average(average: Tensor, value: Tensor, count: Tensor | int) -> Tensor:
+@torch.no_grad()
+def _moving_average(averages: Any, values: Any, count: Tensor | int) -> None:
     """EMA of 0.9985 that forgets the first steps quickly."""
     count = int(count)
-    return torch.lerp(value, average, min(0.9985, (1 + count) / (10 + count)))
+    torch._foreach_lerp_(averages, values, 1 - min(0.9985, (1 + count) / (10 + count)))
 
 
 def _save(out: Path, model: nn.Module) -> None:

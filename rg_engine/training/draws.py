@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .examples import Examples
-from .lessons import lesson_of
+from .lessons import Truth, lesson_of
 from .settings import TrainingSettings
 
 STEP, KEPT, VALIDATION = range(3)  # what a random stream is for
@@ -96,10 +96,11 @@ def _draw(
         pictures = examples.latents[examples.groups[row]].float()  # (K, C, h, w)
         noises.append(torch.randn(pictures.shape, generator=torch.Generator().manual_seed(int(rng.integers(2**62)))))
         truth = None if examples.truth is None else examples.truth[row].float()
-        shifts = [[_shift(rng, settings.shift, cells) for cells in examples.cells] for _ in pictures]  # K of (dy, dx)
+        down, right = examples.cells
+        shifts = [(_shift(rng, settings.shift, down), _shift(rng, settings.shift, right)) for _ in pictures]  # K of (dy, dx)
         latents.append(torch.stack([_moved(p, dy, dx) for p, (dy, dx) in zip(pictures, shifts, strict=True)]))
         if truth is not None:
-            truths.append(_moved(truth, *shifts[0]) if kind == "maps" else _moved_tracks(truth, shifts, examples.cells))
+            truths.append(_moved_truth(kind, truth, shifts, examples.cells))
     return Draw(
         latents=torch.stack(latents), noise=torch.stack(noises), time=torch.tensor(times, dtype=torch.float32),
         pictures=examples.groups[rows], truth=torch.stack(truths) if truths else None, keys=keys,
@@ -153,7 +154,15 @@ def _moved(picture: Tensor, down: int, right: int) -> Tensor:
     return picture[:, rows][:, :, columns]
 
 
-def _moved_tracks(tracks: Tensor, shifts: list[list[int]], cells: tuple[int, int]) -> Tensor:
+def _moved_truth(kind: Truth, truth: Tensor, shifts: list[tuple[int, int]], cells: tuple[int, int]) -> Tensor:
+    if kind == "maps":
+        return _moved(truth, *shifts[0])
+    if kind == "tracks":
+        return _moved_tracks(truth, shifts, cells)
+    return torch.cat([_moved(region[None], dy, dx) for region, (dy, dx) in zip(truth, shifts, strict=True)])
+
+
+def _moved_tracks(tracks: Tensor, shifts: list[tuple[int, int]], cells: tuple[int, int]) -> Tensor:
     """Tracks (P, 2, 2) of pictures that were moved; those that leave a picture become padding."""
     offset = torch.tensor([[dx / cells[1], dy / cells[0]] for dy, dx in shifts])  # (2, 2)
     moved = tracks + offset

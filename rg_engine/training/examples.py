@@ -16,7 +16,8 @@ from .lessons import lesson_of
 EXPECTED = {
     "maps": "one map for each picture, (N, D, h, w)",
     "tracks": "point tracks (N, P, 2, 2) for each pair of pictures: [point, picture, (x, y)], fractions of the picture",
-    "none": "nothing: the pictures are triplets in a row (anchor, the same identity elsewhere, another identity)",
+    "regions": "a mask for each picture, or nothing: the pictures are triplets in a row (anchor, the same identity "
+    "elsewhere, another identity)",
 }
 FEWEST = 4
 
@@ -45,11 +46,9 @@ class Examples:
             )
         if not torch.isfinite(self.latents).all():
             raise TrainingError("the latents hold NaN or infinite values: look at the node or the VAE that made them")
-        if lesson.truth == "none":
-            if self.truth is not None:
-                raise TrainingError(f"a {self.kind} head takes no targets, but {EXPECTED['none']}")
-            return
         if self.truth is None:
+            if lesson.truth == "regions":
+                return
             raise TrainingError(f"a {self.kind} head needs targets: {EXPECTED[lesson.truth]}")
         if len(self.truth) != len(self.groups) or self.truth.ndim != 4:
             raise TrainingError(
@@ -61,6 +60,11 @@ class Examples:
         elif self.truth.shape[-2:] != self.latents.shape[-2:]:
             raise TrainingError(
                 f"targets are {_by(self.truth)} cells and the latents {_by(self.latents)}: they must be of one size"
+            )
+        elif lesson.truth == "regions" and self.truth.shape[1] != lesson.pictures:
+            raise TrainingError(
+                f"there are {self.truth.shape[1]} masks for the {lesson.pictures} pictures of each example: give "
+                "one a picture"
             )
         elif not torch.isfinite(self.truth).all():
             raise TrainingError("the targets hold NaN or infinite values: look at the node that made them")

@@ -67,6 +67,21 @@ def triplet_hinge(readouts: Tensor, margin: float) -> Tensor:
     return F.relu(margin + nearer - farther)
 
 
+def region_hinge(readouts: Tensor, regions: Tensor, margin: float) -> Tensor:
+    """The same, told where the identity is: each place of the anchor's region should be nearer to the mean descriptor of
+    the same one's region than to that of the other's, by a margin.
+
+    It teaches what :func:`rg_engine.losses.identity_loss` asks for. Args: readouts (N, 3, D, H, W); regions (N, 3, H, W) in
+    0..1. Returns: (N,); 0 for an example with an empty region.
+    """
+    maps = F.normalize(readouts.float(), dim=2)
+    totals = regions.flatten(2).sum(2)  # (N, 3)
+    means = (maps * regions[:, :, None]).flatten(3).sum(3) / totals.clamp_min(1e-6)[:, :, None]  # (N, 3, D)
+    distance = 1 - F.cosine_similarity(maps[:, :1], means[:, 1:, :, None, None], dim=2)  # (N, 2, H, W)
+    nearer, farther = ((distance * regions[:, :1]).flatten(2).sum(2) / totals[:, :1].clamp_min(1e-6)).unbind(1)
+    return F.relu(margin + nearer - farther) * (totals > 0).all(1)
+
+
 def cell_weights(points: Tensor, size: tuple[int, int]) -> Tensor:
     """How a map's cells share points (P, 2) of (x, y) fractions when interpolating between them, (P, H * W), rows of sum
     1."""
