@@ -63,6 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
 
             train_from_files(config)
             return 0
+        if options.command == "train-demo":
+            from .demo.train import PARTS, make_pictures
+
+            parts = options.parts or list(PARTS)
+            if "pictures" in parts:  # before ComfyUI is there: its processes need nothing of it
+                make_pictures(options.work / "data", options.shards, workers=options.workers)
         use_comfyui(options.device)
         if options.command == "evaluate":
             from .comfy_host.evaluate import run_evaluation
@@ -74,9 +80,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             run_demo(options.out, options.pictures, options.modes, options.strength)
         else:
-            from .comfy_host.demo_training import PARTS, train_demo
+            from .comfy_host.demo_training import train_demo
 
-            train_demo(options.parts or list(PARTS), options.work, options)
+            train_demo(parts, options.work, options)
     except ReadoutGuidanceError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -14,17 +14,14 @@ from ..demo.autoencoder import Autoencoder
 from .demo_heads import train_demo_heads
 from .demo_model import Denoiser
 
-PARTS = ("pictures", "autoencoder", "latents", "denoiser", "estimator", "heads")
-
 
 def train_demo(parts: list[str], work: Path, options: Any) -> None:
-    """Make the files of ``parts`` in order; ``work`` holds data and checkpoints, ``options`` are the command's."""
+    """Make the files of ``parts`` but the pictures, in order; ``work`` holds data and checkpoints, ``options`` are the
+    command's."""
     data, device = work / "data", options.device
-    for part in [p for p in PARTS if p in parts]:
+    for part in [p for p in train.PARTS[1:] if p in parts]:
         print(f"{part} ...", flush=True)
-        if part == "pictures":
-            train.make_pictures(data, options.shards, workers=options.workers)
-        elif part == "autoencoder":
+        if part == "autoencoder":
             train.train_autoencoder(
                 data, work / AUTOENCODER.name, options.autoencoder_steps, options.autoencoder_batch, device
             )

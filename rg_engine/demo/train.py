@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from . import autoencoder, estimator, render, text, world
 
 SIZE_PX = 128
+PARTS = ("pictures", "autoencoder", "latents", "denoiser", "estimator", "heads")
 
 
 def make_pictures(folder: Path, shards: int, per_shard: int = 2000, workers: int = 1) -> None:
