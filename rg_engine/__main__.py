@@ -29,6 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
     evaluate.add_argument("--device", default="auto", choices=["auto", "cpu"])
 
+    benchmark = commands.add_parser("benchmark", help="what guidance costs, in time and memory; writes benchmark.json")
+    benchmark.add_argument("--out", type=Path, default=Path("demo_out"))
+    benchmark.add_argument("--shape", nargs="+", default=["demo", "small"], choices=["demo", "small", "sd15", "sdxl"])
+    benchmark.add_argument("--turns", type=int, default=5, help="runs of each way, turn by turn")
+    benchmark.add_argument("--ways", nargs="+", default=None, help="only these; plain is needed")
+    benchmark.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
+    benchmark.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+
     convert = commands.add_parser("convert", help="authors' .pt to .safetensors, or back")
     convert.add_argument("source", type=Path)
     convert.add_argument("target", type=Path)
@@ -70,6 +78,11 @@ def main(arguments: list[str] | None = None) -> int:
             if "pictures" in parts:  # before ComfyUI is there: its processes need nothing of it
                 make_pictures(options.work / "data", options.shards, workers=options.workers)
         use_comfyui(options.device)
+        if options.command == "benchmark":
+            from .comfy_host.benchmark import run_benchmark
+
+            run_benchmark(options.out, options.shape, options.turns, options.dtype, options.ways)
+            return 0
         if options.command == "evaluate":
             from .comfy_host.evaluate import run_evaluation
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..errors import BackboneError
 from ..features import Backbone, FeatureTap
 from ..guidance import Branch, Objective, SourceStep
-from .gradient_scope import gradient_scope, plain
+from .gradient_scope import Graph, gradient_scope, plain
 from .saved_tensors import in_place_allowed
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
@@ -47,6 +47,7 @@ class BranchReader:
         active: tuple[int, ...] = (),
         source: SourceStep | None = None,
         recorded: tuple[int, ...] | None = None,
+        graph: Graph = "lean",
     ) -> None:
         self._backbone = backbone
         self._objective = objective
@@ -54,6 +55,7 @@ class BranchReader:
         self._active = active
         self._source = source
         self._recorded = recorded
+        self._graph: Graph = graph
         self._losses: list[Tensor] = []
         self._gradients: list[Tensor] = []
         self._model: Any = None
@@ -124,7 +126,11 @@ class BranchReader:
                     self.source.setdefault(branch, self._objective.source_step(read, self._recorded))
             return denoised
         network = self._model.diffusion_model
-        with gradient_scope(network), _in_place_allowed(control, options), FeatureTap(network, self._backbone) as tap:
+        with (
+            gradient_scope(network, self._graph),
+            _in_place_allowed(control, options),
+            FeatureTap(network, self._backbone) as tap,
+        ):
             leaf = x.detach().clone().requires_grad_()
             denoised = executor(
                 leaf,
@@ -182,5 +188,6 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
 
 def _attention_with_backward(chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The attention kernel in use if it has a backward, else PyTorch's (sage and some flash builds have none)."""
-    kernel = chosen if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD else attention_pytorch
+    import os
+    kernel = chosen if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD and not os.environ.get("SDPA") else attention_pytorch
     return kernel(*args, **kwargs)

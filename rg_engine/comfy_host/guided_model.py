@@ -24,6 +24,7 @@ from ..features import Backbone, check_head_fits, detect_backbone
 from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
 from ..guidance.schedule import DRAG_INTERVAL
 from ..heads import ReadoutHead
+from .gradient_scope import Graph
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 from .memory import with_room_for_graph
 from .progress import RunProgress
@@ -35,8 +36,10 @@ log = logging.getLogger("readout_guidance")
 SOURCES = SourcePasses()
 
 
-def guide(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
+def guide(model: Any, target: Target | None, settings: GuidanceSettings, graph: Graph | None = None) -> Any:
     """A clone of ``model`` (a ModelPatcher) that is guided by ``target`` whenever it is sampled.
+
+    ``graph`` is what is kept for backward; None: what there is memory for.
 
     Raises BackboneError if the model can't be tapped or a head doesn't fit it.
     """
@@ -47,7 +50,7 @@ def guide(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
     backbone = backbone_of(model)
     for each in targets:
         check_fits(each.head, backbone)
-    guidance = ModelGuidance(targets, settings, backbone)
+    guidance = ModelGuidance(targets, settings, backbone, graph)
     for kind, wrapper in (
         (WrappersMP.OUTER_SAMPLE, guidance.outer_sample),
         (WrappersMP.PREPARE_SAMPLING, guidance.prepare_sampling),
@@ -76,8 +79,11 @@ def check_fits(head: ReadoutHead, backbone: Backbone) -> None:
 class ModelGuidance:
     """The wrappers of one guided clone. What a run needs lives in ``_run`` and goes with it."""
 
-    def __init__(self, targets: tuple[Target, ...], settings: GuidanceSettings, backbone: Backbone) -> None:
+    def __init__(
+        self, targets: tuple[Target, ...], settings: GuidanceSettings, backbone: Backbone, graph: Graph | None = None
+    ) -> None:
         self.targets = targets
+        self.graph = graph
         self.settings = settings
         self.backbone = backbone
         self.losses: list[Tensor] = []  # of the last run, each branch's (B,), in call order
@@ -97,7 +103,14 @@ class ModelGuidance:
         plan = make_plan(ranges, schedule, settings, lambda p: float(model_sampling.percent_to_sigma(p)))
         if not plan.steps:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        self._run = run = Run(settings=settings, backbone=self.backbone, plan=plan, sampler=sampler, sigmas=schedule)
+        self._run = run = Run(
+            settings=settings,
+            backbone=self.backbone,
+            plan=plan,
+            graph=self.graph or "lean",
+            sampler=sampler,
+            sigmas=schedule,
+        )
         try:
             out = executor(noise, latent_image, watched(sampler, lambda: run.steps), sigmas, *args, **kwargs)
         finally:

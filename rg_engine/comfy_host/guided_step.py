@@ -19,6 +19,7 @@ from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, Sourc
 from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
+from .gradient_scope import Graph
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 
@@ -33,6 +34,7 @@ class Run:
     settings: GuidanceSettings
     backbone: Backbone
     plan: Plan
+    graph: Graph
     sampler: Any
     sigmas: list[float]
     objective: Objective | None = None
@@ -59,7 +61,7 @@ class Run:
 
     def reader(self, x: Tensor, **settings: Any) -> BranchReader:
         assert self.objective is not None
-        return BranchReader(self.backbone, self.objective, x, **settings)
+        return BranchReader(self.backbone, self.objective, x, graph=self.graph, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,184 @@
+"""``python -m rg_engine benchmark``: what guidance costs, in time and memory, on networks of known shapes.
+
+Every way runs in every turn, one after another, so that whatever else the machine does meets them alike; a step's time is
+that of the sampler's one model call, prediction and guidance together.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.utils
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ..guidance import GuidanceSettings, Target
+from ..heads import ReadoutHead
+from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
+from .gradient_scope import Graph
+from .guided_model import guide
+
+STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
+KEY = "benchmark"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Way:
+    """How a step is made. pictures: at once, of which one is asked for (the paper's code has the source beside it)."""
+
+    heads: int = 0
+    settings: GuidanceSettings = GuidanceSettings(interval=0.0)
+    graph: Graph = "lean"
+    pictures: int = 1
+    controlnet: bool = False
+
+
+REFERENCE = GuidanceSettings(mode="reference")
+WAYS = {
+    "plain": Way(),
+    "fast": Way(heads=1),
+    "fast, 3 heads": Way(heads=3),
+    "fast, light graph": Way(heads=1, graph="light"),
+    "fast, autograd's graph": Way(heads=1, graph="autograd"),
+    "reference": Way(heads=1, settings=REFERENCE),
+    "reference, 3 heads": Way(heads=3, settings=REFERENCE),
+    "the paper's (source in the batch)": Way(heads=1, settings=REFERENCE, graph="autograd", pictures=2),
+    "ControlNet": Way(controlnet=True),
+}
+
+
+@torch.inference_mode()
+def run_benchmark(out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None) -> dict[str, Any]:
+    """Measure the shapes; prints tables and writes benchmark.json."""
+    logging.getLogger().setLevel(logging.WARNING)
+    comfy.utils.set_progress_bar_enabled(False)
+    device = comfy.model_management.get_torch_device()
+    precision = {"auto": torch.float32 if device.type == "cpu" else torch.float16}.get(dtype) or getattr(torch, dtype)
+    report: dict[str, Any] = {"device": _name(device), "torch": torch.__version__, "dtype": str(precision)}
+    for name in shapes:
+        report[name] = rows = measure_shape(SHAPES[name], precision, turns, ways or list(WAYS))
+        print(
+            f"\n{name}: {rows['parameters'] / 1e6:.0f}M parameters, {SHAPES[name].cells} cells, {precision}, {_name(device)}"
+        )
+        print(_table(rows["ways"]), flush=True)
+        comfy.model_management.unload_all_models()
+        comfy.model_management.soft_empty_cache()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "benchmark.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
+    print(f"wrote {out / 'benchmark.json'}")
+    return report
+
+
+def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str]) -> dict[str, Any]:
+    """Median seconds of a step of each way, its ratio to a plain one's, bytes kept for backward, peak memory (GPU)."""
+    model = random_model(shape, dtype)
+    heads = random_heads(model, shape, 3)
+    positive, negative = (random_conds(model, shape, seed) for seed in (1, 2))
+    controlled = [with_controlnet(each, shape, dtype) for each in (positive, negative)] if "ControlNet" in ways else None
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    kept: dict[str, int] = {}
+    peak: dict[str, int] = {}
+    for turn in range(turns + 1):
+        for name in ways:
+            way = WAYS[name]
+            conds = controlled if way.controlnet and controlled is not None else (positive, negative)
+            counting = count_kept_bytes(model) if turn == 0 else contextlib.nullcontext([0])
+            if turn == 0 and torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            with counting as most:
+                times = step_seconds(model, way, heads, conds, zero_latent(shape, way.pictures))
+            if turn == 0:
+                kept[name] = most[0]
+                peak[name] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
+            else:
+                seconds[name] += times
+    plain = statistics.median(seconds["plain"])
+    found = {}
+    for name in ways:
+        median = statistics.median(seconds[name])
+        found[name] = {
+            "seconds": round(median, 4), "ratio": round(median / plain, 3), "bytes kept": kept[name], "peak bytes": peak[name],
+        }  # fmt: skip
+    parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
+    return {"parameters": parameters, "ways": found}
+
+
+def step_seconds(model: Any, way: Way, heads: list[ReadoutHead], conds: Any, latent: Tensor) -> list[float]:
+    """Seconds of each model call but the first and the last, of a run of STEPS steps with guidance in every one of them."""
+    import comfy.sample
+
+    times: list[float] = []
+    timed = model.clone()
+    timed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _timer(times))
+    target = None
+    for head in heads[: way.heads]:
+        picture = torch.rand(1, *latent.shape[-2:], 3, generator=torch.Generator().manual_seed(0))
+        target = Target(head=head, image=picture, end_percent=1.0, previous=target)
+    guided = guide(timed, target, way.settings, graph=way.graph)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    comfy.sample.sample(guided, noise, STEPS, 7.5, "euler", "normal", *conds, latent, seed=0, disable_pbar=True)
+    return times[1:-1]
+
+
+@contextlib.contextmanager
+def count_kept_bytes(model: Any) -> Iterator[list[int]]:
+    """Counts what autograd and its Functions hold for backward at a time, weights apart; gives a list of the most bytes."""
+    weights = {p.untyped_storage().data_ptr() for p in model.model.diffusion_model.parameters()}
+    counts: dict[int, int] = {}
+    now, most = [0], [0]
+
+    class Kept:
+        def __init__(self, tensor: Tensor) -> None:
+            self.tensor, self.place = tensor, tensor.untyped_storage().data_ptr()
+            counts[self.place] = counts.get(self.place, 0) + 1
+            if counts[self.place] == 1 and self.place not in weights:
+                now[0] += tensor.untyped_storage().nbytes()
+                most[0] = max(most[0], now[0])
+
+        def __del__(self) -> None:
+            counts[self.place] -= 1
+            if not counts[self.place] and self.place not in weights:
+                now[0] -= self.tensor.untyped_storage().nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        yield most
+
+
+def _timer(times: list[float]) -> Any:
+    def timed(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _wait(x.device)
+        began = time.perf_counter()
+        out = executor(x, *args, **kwargs)
+        _wait(x.device)
+        times.append(time.perf_counter() - began)
+        return out
+
+    return timed
+
+
+def _wait(device: torch.device) -> None:
+    backend = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(backend, "synchronize"):
+        backend.synchronize()
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def _table(ways: dict[str, dict[str, float]]) -> str:
+    lines = [f"{'a step':36} {'seconds':>9} {'ratio':>6} {'kept for backward':>18} {'peak memory':>12}"]
+    for name, row in ways.items():
+        kept, peak = (f"{row[key] / 2**20:.0f} MiB" if row[key] else "" for key in ("bytes kept", "peak bytes"))
+        lines.append(f"{name:36} {row['seconds']:9.4f} {row['ratio']:6.2f} {kept:>18} {peak:>12}")
+    return "\n".join(lines)

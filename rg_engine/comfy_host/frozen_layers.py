@@ -1,0 +1,171 @@
+"""Layers of a frozen network that keep less for backward than autograd does.
+
+Autograd keeps a layer's input and weight for the gradient of its weight as well, which nobody asks for here. Three things
+replace it, each with the same result:
+
+* a frozen layer fetches its weight again in backward and keeps nothing: a weight that was offloaded, cast or patched for
+  the forward pass is never held in between;
+* cheap elementwise parts (normalisation and activation before a convolution, the gate of a feed-forward layer) keep their
+  input and run again in backward;
+* in the *light* graph a whole transformer block keeps its input only and runs again (checkpointing, arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.ops
+import torch
+from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+Forward = Callable[..., Any]
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (nn.GroupNorm, nn.LayerNorm)
+
+
+def lean_forward(module: nn.Module) -> Forward | None:
+    """A forward for ``module`` that keeps less, None if autograd's own is as good."""
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or (isinstance(module, _NORMS) and casts_weights(module)):
+        return _frozen(module) if module.weight is not None and _can_be_frozen(module) else None
+    if isinstance(module, GEGLU) and not _watched(module.proj):
+        return _gate(module)
+    if isinstance(module, nn.Sequential) and len(module) > 2 and isinstance(module[0], nn.GroupNorm):
+        return _normed(module) if isinstance(module[1], nn.SiLU) and not _watched(*module[:2]) else None
+    return None
+
+
+def light_forward(module: nn.Module) -> Forward | None:
+    """The same for the light graph, which runs whole transformer blocks again in backward."""
+    return _run_again(module) if isinstance(module, BasicTransformerBlock) else lean_forward(module)
+
+
+def casts_weights(module: nn.Module) -> bool:
+    """Whether this layer makes its weights anew each time it runs."""
+    return isinstance(module, (nn.Linear, *_NORMS, *_CONVOLUTIONS)) and bool(
+        getattr(module, "comfy_cast_weights", False)
+        or getattr(module, "weight_function", None)
+        or getattr(module, "bias_function", None)
+        or hasattr(module, "_v")
+    )
+
+
+def plain(value: Any) -> Any:
+    """``value`` with every inference tensor in it (nested in lists, tuples and dicts too) copied to an ordinary one."""
+    if isinstance(value, Tensor):
+        return value.clone() if value.is_inference() else value
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    if type(value) is tuple:
+        return tuple(plain(item) for item in value)
+    return value
+
+
+class _FrozenLayer(torch.autograd.Function):
+    """A layer whose weight is fetched in forward and again in backward, and never kept in between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, module: Any, original: Forward) -> Tensor:  # type: ignore[override]
+        ctx.module, ctx.shape, ctx.dtype = module, x.shape, x.dtype
+        if isinstance(module, _NORMS):
+            ctx.save_for_backward(x)
+        return original(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        module = ctx.module
+        weight, bias = _weights(module, gradient)
+        if isinstance(module, nn.Linear):
+            return (gradient @ weight).to(ctx.dtype), None, None
+        if isinstance(module, _CONVOLUTIONS):
+            nowhere = gradient.new_empty(1).expand(ctx.shape)  # its values don't matter for the gradient of the input
+            settings = (module.stride, module.padding, module.dilation, False, [0] * len(module.stride), module.groups)
+            moved = torch.ops.aten.convolution_backward(gradient, nowhere, weight, None, *settings, (True, False, False))[0]
+            return moved.to(ctx.dtype), None, None
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            weight, bias = (None if t is None else plain(t).to(x.dtype) for t in (weight, bias))  # type: ignore[assignment]
+            if isinstance(module, nn.GroupNorm):
+                y = F.group_norm(x, module.num_groups, weight, bias, module.eps)
+            else:
+                y = F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
+        return torch.autograd.grad(y, x, gradient)[0], None, None
+
+
+class _RunAgain(torch.autograd.Function):
+    """``function(x)``, of which x alone is kept; it runs again in backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.function = function
+        ctx.save_for_backward(x)
+        return function(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        with torch.enable_grad():
+            x = ctx.saved_tensors[0].detach().requires_grad_()
+            y = ctx.function(x)
+        return torch.autograd.grad(y, x, gradient)[0], None
+
+
+def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    if casts_weights(module):
+        return comfy.ops.cast_bias_weight(module, like)
+    return module.weight, module.bias
+
+
+def _can_be_frozen(module: Any) -> bool:
+    """Whether a layer is one of torch's or ComfyUI's own, whose backward is known here."""
+    if isinstance(module, _CONVOLUTIONS) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
+        return False
+    return type(module).__module__.partition(".")[0] in ("torch", "comfy")
+
+
+def _frozen(module: nn.Module) -> Forward:
+    original = module.forward
+
+    def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if args or kwargs or not (torch.is_grad_enabled() and x.requires_grad):
+            return original(x, *args, **kwargs)
+        return _FrozenLayer.apply(x, module, original)
+
+    return forward
+
+
+def _normed(layers: nn.Sequential) -> Forward:
+    """A norm and its activation, run again, before the rest of the layers."""
+
+    def forward(x: Tensor) -> Tensor:
+        x = _RunAgain.apply(x, lambda inner: layers[1](layers[0](inner)))
+        for layer in layers[2:]:
+            x = layer(x)
+        return x
+
+    return forward
+
+
+def _gate(module: GEGLU) -> Forward:
+    def gated(both: Tensor) -> Tensor:
+        value, gate = both.chunk(2, dim=-1)
+        return value * F.gelu(gate)
+
+    return lambda x: _RunAgain.apply(module.proj(x), gated)
+
+
+def _run_again(block: nn.Module) -> Forward:
+    original = block.forward
+
+    def forward(x: Tensor, context: Any = None, transformer_options: dict[str, Any] | None = None) -> Tensor:
+        options = dict(transformer_options or {})  # as it is now: the network changes it from block to block
+        return _RunAgain.apply(x, lambda inner: original(inner, context, dict(options)))
+
+    return forward
+
+
+def _watched(*modules: nn.Module) -> bool:
+    return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
