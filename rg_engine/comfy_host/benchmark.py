@@ -32,12 +32,15 @@ STEPS = 4  # of each run; the first and the last one (too short to be guided) ar
 KEY = "benchmark"
 
 
+EVERY_STEP = GuidanceSettings(interval=0.0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Way:
     """How a step is made. pictures: at once, of which one is asked for (the paper's code has the source beside it)."""
 
     heads: int = 0
-    settings: GuidanceSettings = GuidanceSettings(interval=0.0)
+    settings: GuidanceSettings = EVERY_STEP
     graph: Graph = "lean"
     pictures: int = 1
     controlnet: bool = False
@@ -107,7 +110,8 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str])
     for name in ways:
         median = statistics.median(seconds[name])
         found[name] = {
-            "seconds": round(median, 4), "ratio": round(median / plain, 3), "bytes kept": kept[name], "peak bytes": peak[name],
+            "seconds": round(median, 4), "ratio": round(median / plain, 3), "bytes kept": kept[name],
+            "peak bytes": peak[name],
         }  # fmt: skip
     parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
     return {"parameters": parameters, "ways": found}
@@ -167,9 +171,8 @@ def _timer(times: list[float]) -> Any:
 
 
 def _wait(device: torch.device) -> None:
-    backend = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(backend, "synchronize"):
-        backend.synchronize()
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
 
 
 def _name(device: torch.device) -> str:

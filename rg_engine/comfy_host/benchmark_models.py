@@ -60,9 +60,9 @@ def random_model(shape: Shape, dtype: torch.dtype) -> Any:
     kind = type("RandomModel", (family,), {"unet_extra_config": {**family.unet_extra_config, **heads}})
     described = kind({**shape.config, "dtype": dtype})
     described.unet_config["dtype"] = dtype
-    model = described.get_model({}, "")
-    randomise(model.diffusion_model)
     load, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
+    model = described.get_model({}, "", device=load)
+    randomise(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(model, load_device=load, offload_device=offload)
 
 
@@ -88,7 +88,7 @@ def with_controlnet(conds: list, shape: Shape, dtype: torch.dtype) -> list:
              "use_spatial_transformer", "use_checkpoint", "num_classes")  # fmt: skip
     config = {name: shape.config[name] for name in names if name in shape.config}
     heads = {"num_head_channels": 64} if shape.config["adm_in_channels"] else {"num_heads": 8, "num_head_channels": -1}
-    device = comfy.model_management.unet_offload_device()
+    device = comfy.model_management.get_torch_device()
     network = comfy.cldm.cldm.ControlNet(
         **config, **heads, hint_channels=3, dtype=dtype, device=device, operations=comfy.ops.disable_weight_init
     )

@@ -189,5 +189,10 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
 def _attention_with_backward(chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The attention kernel in use if it has a backward, else PyTorch's (sage and some flash builds have none)."""
     import os
-    kernel = chosen if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD and not os.environ.get("SDPA") else attention_pytorch
+
+    kernel = (
+        chosen
+        if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD and not os.environ.get("SDPA")
+        else attention_pytorch
+    )
     return kernel(*args, **kwargs)
