@@ -33,19 +33,19 @@ class Recipe:
     layer: str
     background: float | None = None
     sequence: Sequence = "scenes"
-    steps: int = 4000
-    batch: int = 24
+    steps: int = 2400
+    batch: int = 12
     shift: float = 0.0
 
 
 RECIPES = (
-    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5),
-    Recipe(name="demo_depth", kind="spatial", layer="depth"),
-    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5),
+    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5, steps=1600),
+    Recipe(name="demo_depth", kind="spatial", layer="depth", steps=1600),
+    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5, steps=1600),
     Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0, shift=0.125),
     Recipe(name="demo_sketch", kind="lgp", layer="edges", shift=0.125),
-    Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=16, shift=0.125),
-    Recipe(name="demo_appearance", kind="appearance", layer="figure", sequence="triplets", batch=12, shift=0.125),
+    Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=8, shift=0.125),
+    Recipe(name="demo_appearance", kind="appearance", layer="figure", sequence="triplets", batch=6, shift=0.125),
 )
 WIDTH = 64
 TRAINING_SEED = 31  # of the scenes; evaluations take others
@@ -55,7 +55,7 @@ def demo_recipe(name: str) -> Recipe:
     return next(recipe for recipe in RECIPES if recipe.name == name)
 
 
-def train_demo_heads(work: Path, examples: int = 8000, names: list[str] | None = None) -> None:
+def train_demo_heads(work: Path, examples: int = 4000, names: list[str] | None = None) -> None:
     """Train every demo head (or ``names``); each goes on from its checkpoint in ``work``."""
     with torch.inference_mode():
         model, clip, vae = load_demo_model()

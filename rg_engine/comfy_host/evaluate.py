@@ -138,7 +138,9 @@ def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) ->
 
     def read(frozen: FrozenModel) -> list[Reading]:
         return [
-            frozen.read(data.latents[part], noise[part], torch.full((len(part),), time), pictures=part)
+            frozen.read(data.latents[part], noise[part], torch.full((len(part),), time), pictures=part).on(
+                torch.device("cpu")
+            )
             for part in rows.split(BATCH * data.groups.shape[1])
         ]
 

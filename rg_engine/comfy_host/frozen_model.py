@@ -50,8 +50,9 @@ def with_frozen_model(model: Any, positive: Any, shape: tuple[int, ...], work: C
     guider.inner_set_conds({"positive": positive if positive is not None else empty_prompt(model)})
     guider.set_cfg(1.0)
     run = _Work(lambda loaded, options: work(FrozenModel(loaded, options, backbone)))
-    nothing = torch.zeros(shape)
-    guider.sample(nothing, nothing, run, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
+    with torch.inference_mode():  # as nodes run: weights that are moved otherwise could be used neither here nor there
+        nothing = torch.zeros(shape)
+        guider.sample(nothing, nothing, run, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
     return run.result
 
 

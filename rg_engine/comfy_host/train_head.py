@@ -52,6 +52,8 @@ def train_head(
     lesson = lesson_of(examples.kind, background=background, temperature=temperature, margin=margin)
     backwards = settings.timestep_convention == "reversed"
 
+    @torch.inference_mode(False)
+    @torch.enable_grad()
     def work(frozen: FrozenModel) -> tuple[ReadoutHead, list[tuple[int, float, float | None]]]:
         def read(draw: Draw) -> Reading:
             count = draw.latents.shape[1]
@@ -74,5 +76,4 @@ def train_head(
             raise
 
     pictures = settings.batch // settings.accumulate * lesson.pictures
-    with torch.inference_mode(False), torch.enable_grad():
-        return with_frozen_model(model, positive, (pictures, *examples.latents.shape[1:]), work)
+    return with_frozen_model(model, positive, (pictures, *examples.latents.shape[1:]), work)

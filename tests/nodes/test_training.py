@@ -100,7 +100,7 @@ def lesson(small) -> SimpleNamespace:
 def scenes(kind: str, count: int, seed: int = 3) -> SimpleNamespace:
     """Training data of a kind as Demo Scene gives it."""
     sequence = {"correspondence": "pairs", "appearance": "triplets"}.get(kind, "scenes")
-    names = ("picture", "pose", "depth", "edges", "caption", "keypoints", "tracks")
+    names = ("picture", "pose", "depth", "edges", "caption", "keypoints", "tracks", "figure")
     drawn = node("RG_DemoScene", seed=seed, count=count, figure_only=kind != "appearance", sequence=sequence)
     return SimpleNamespace(**dict(zip(names, drawn, strict=True)))
 
