@@ -41,7 +41,7 @@ class Way:
 
     heads: int = 0
     settings: GuidanceSettings = EVERY_STEP
-    graph: Graph = "lean"
+    graph: Graph = "full"
     pictures: int = 1
     controlnet: bool = False
 
@@ -52,10 +52,9 @@ WAYS = {
     "fast": Way(heads=1),
     "fast, 3 heads": Way(heads=3),
     "fast, light graph": Way(heads=1, graph="light"),
-    "fast, autograd's graph": Way(heads=1, graph="autograd"),
     "reference": Way(heads=1, settings=REFERENCE),
     "reference, 3 heads": Way(heads=3, settings=REFERENCE),
-    "the paper's (source in the batch)": Way(heads=1, settings=REFERENCE, graph="autograd", pictures=2),
+    "the paper's (source in the batch)": Way(heads=1, settings=REFERENCE, pictures=2),
     "ControlNet": Way(controlnet=True),
 }
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..heads import ReadoutHead
 from ..training import new_head
-from .demo_model import UNET_CONFIG
+from .demo_model import UNET_CONFIG, DemoModelConfig
 from .guided_model import backbone_of
 
 _COMMON = {
@@ -37,7 +37,8 @@ SDXL: dict[str, Any] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A network's shape: config, of its UNet; cells, the latent's side; projection, the width of its heads."""
+    """A network's shape: config, of its UNet; cells, the latent's side; projection, the width of its heads (the authors' 384
+    for a UNet of 320 channels, in proportion for narrower ones)."""
 
     config: dict[str, Any]
     cells: int
@@ -46,7 +47,9 @@ class Shape:
 
 SHAPES = {
     "demo": Shape(config=UNET_CONFIG, cells=16, projection=64),
-    "small": Shape(config={**SD15, "model_channels": 96, "channel_mult": [1, 2, 3, 3], "context_dim": 256}, cells=32),
+    "small": Shape(
+        config={**SD15, "model_channels": 96, "channel_mult": [1, 2, 3, 3], "context_dim": 256}, cells=32, projection=128
+    ),
     "sd15": Shape(config=SD15, cells=64),
     "sdxl": Shape(config=SDXL, cells=128),
 }
@@ -55,10 +58,14 @@ TOKENS = 77
 
 def random_model(shape: Shape, dtype: torch.dtype) -> Any:
     """A MODEL with random weights of ``dtype`` (a ModelPatcher; its weights load to the device as ComfyUI decides)."""
-    family = comfy.supported_models.SDXL if shape.config["adm_in_channels"] else comfy.supported_models.SD15
-    heads = {} if shape.config["model_channels"] == 320 else {"num_heads": 4, "num_head_channels": -1}
-    kind = type("RandomModel", (family,), {"unet_extra_config": {**family.unet_extra_config, **heads}})
-    described = kind({**shape.config, "dtype": dtype})
+    config = {**shape.config, "dtype": dtype}
+    if shape.config is UNET_CONFIG:
+        described: Any = DemoModelConfig(config)
+    else:
+        family = comfy.supported_models.SDXL if shape.config["adm_in_channels"] else comfy.supported_models.SD15
+        heads = {} if shape.config["model_channels"] == 320 else {"num_heads": 4, "num_head_channels": -1}
+        kind = type("RandomModel", (family,), {"unet_extra_config": {**family.unet_extra_config, **heads}})
+        described = kind(config)
     described.unet_config["dtype"] = dtype
     load, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
     model = described.get_model({}, "", device=load)

@@ -7,6 +7,7 @@ a graph; the graph spans :meth:`BranchReader.apply_model` only.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.model_management
@@ -20,7 +21,8 @@ from torch import Tensor
 from ..errors import BackboneError
 from ..features import Backbone, FeatureTap
 from ..guidance import Branch, Objective, SourceStep
-from .gradient_scope import Graph, gradient_scope, plain
+from .frozen_layers import plain
+from .gradient_scope import GradientScope
 from .saved_tensors import in_place_allowed
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
@@ -34,9 +36,9 @@ KERNELS_WITH_BACKWARD = (
 class BranchReader:
     """Reads out the model calls that it is installed on.
 
-    With ``active`` targets it gives, for each picture, ``loss`` (B,) and ``gradient`` (B, C, H, W), the loss's gradient
-    with respect to z; without, it keeps ``source`` (by branch): the readouts of targets ``recorded``, by default of those
-    that need the source.
+    With ``active`` targets it gives, for each picture, the loss (B,) of each branch and ``gradient`` (B, C, H, W), that of
+    the sum of the branches' losses with respect to z; ``sources`` are what they are compared with, by branch. Without, it
+    keeps ``found`` (by branch): the readouts of targets ``recorded``, by default of those that need the source.
     """
 
     def __init__(
@@ -45,31 +47,30 @@ class BranchReader:
         objective: Objective,
         x: Tensor,
         active: tuple[int, ...] = (),
-        source: SourceStep | None = None,
+        sources: dict[int, SourceStep] | None = None,
         recorded: tuple[int, ...] | None = None,
-        graph: Graph = "lean",
+        scope: GradientScope | None = None,
     ) -> None:
         self._backbone = backbone
         self._objective = objective
         self._batch = x.shape[0]
         self._active = active
-        self._source = source
+        self._sources = sources or {}
         self._recorded = recorded
-        self._graph: Graph = graph
-        self._losses: list[Tensor] = []
-        self._gradients: list[Tensor] = []
+        self._scope = scope
+        self._losses: dict[int, list[Tensor]] = {}
+        self._gradients: dict[int, list[Tensor]] = {}
         self._model: Any = None
-        self.source: dict[int, SourceStep] = {}
+        self.found: dict[int, SourceStep] = {}
         self.readouts: dict[int, Tensor] = {}  # of the latest call, by target
-        self.whole = True  # whether the prediction of run() is the branch's own (no areas were widened for it)
+        self.whole = True  # whether the predictions of run() are the branches' own (no areas were widened for them)
 
-    @property
-    def loss(self) -> Tensor:
-        return torch.stack(self._losses).mean(0)
+    def loss(self, branch: int = CONDITIONAL) -> Tensor:
+        return torch.stack(self._losses[branch]).mean(0)
 
     @property
     def gradient(self) -> Tensor:
-        return torch.stack(self._gradients).mean(0)
+        return torch.stack([torch.stack(parts).mean(0) for parts in self._gradients.values()]).sum(0)
 
     def install(self, options: dict[str, Any]) -> dict[str, Any]:
         """Model options that let this reader see the network's calls."""
@@ -77,21 +78,24 @@ class BranchReader:
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, options, is_model_options=True)
         return options
 
-    def run(self, guider: Any, branch: int, x: Tensor, timestep: Tensor, options: dict[str, Any]) -> Tensor:
-        """Run one branch by itself; returns its prediction (denoised)."""
+    def run(
+        self, guider: Any, branches: Sequence[int], x: Tensor, timestep: Tensor, options: dict[str, Any]
+    ) -> dict[int, Tensor]:
+        """Run some branches by themselves; returns their predictions (denoised)."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        conds = guider.conds[_NAMES[branch]]
-        if all("area" in cond for cond in conds):  # regional prompts only: the readout needs the whole picture
-            conds = [{key: value for key, value in cond.items() if key != "area"} for cond in conds]
-            self.whole = False
-        both: list[Any] = [None, None]
-        both[branch] = conds
-        out = comfy.samplers.calc_cond_batch(guider.inner_model, both, x, timestep, self.install(options))
-        if self._active and not self._gradients:
+        conds: list[Any] = [None, None]
+        for branch in branches:
+            given = guider.conds[_NAMES[branch]]
+            if all("area" in cond for cond in given):  # regional prompts only: the readout needs the whole picture
+                given = [{key: value for key, value in cond.items() if key != "area"} for cond in given]
+                self.whole = False
+            conds[branch] = given
+        out = comfy.samplers.calc_cond_batch(guider.inner_model, conds, x, timestep, self.install(options))
+        if self._active and any(branch not in self._gradients for branch in branches):
             raise BackboneError(
                 "no prompt covers the whole picture at this step, so there is nothing to read out: add one without an area"
             )
-        return out[branch]
+        return {branch: out[branch] for branch in branches}
 
     def apply_model(
         self,
@@ -123,14 +127,11 @@ class BranchReader:
                     read = Branch(
                         features=[f[rows] for f in features], emb=emb[rows], z=z[rows], noise_level=noise_level[rows]
                     )
-                    self.source.setdefault(branch, self._objective.source_step(read, self._recorded))
+                    self.found.setdefault(branch, self._objective.source_step(read, self._recorded))
             return denoised
         network = self._model.diffusion_model
-        with (
-            gradient_scope(network, self._graph),
-            _in_place_allowed(control, options),
-            FeatureTap(network, self._backbone) as tap,
-        ):
+        scope = self._scope if self._scope is not None and self._scope.network is network else GradientScope(network)
+        with scope, _in_place_allowed(control, options), FeatureTap(network, self._backbone) as tap:
             leaf = x.detach().clone().requires_grad_()
             denoised = executor(
                 leaf,
@@ -142,32 +143,38 @@ class BranchReader:
                 **plain(kwargs),
             )
             features, emb = tap.take()
-            z = (leaf * scale.clone()).detach()
-            for n in range(len(branches)):
-                rows = slice(n * self._batch, (n + 1) * self._batch)
-                read = Branch(
-                    features=[f[rows].detach().float().requires_grad_() for f in features],
-                    emb=plain(emb)[rows], z=z[rows], noise_level=plain(noise_level)[rows],
-                )  # fmt: skip
-                self._backward(leaf, features, read, rows, scale.clone(), last=n + 1 == len(branches))
+            whole = Branch(
+                features=features, emb=plain(emb), z=(leaf * scale.clone()).detach(), noise_level=plain(noise_level)
+            )
+            self._backward(leaf, whole, branches, scale.clone())
         return denoised.detach()
 
-    def _backward(self, leaf: Tensor, features: list[Tensor], read: Branch, rows: slice, scale: Tensor, last: bool) -> None:
-        """The gradient in two parts: through the heads, in fp32, then through the network.
+    def _backward(self, leaf: Tensor, read: Branch, branches: Sequence[int], scale: Tensor) -> None:
+        """The gradient in two parts: through the heads, in fp32, branch by branch, then through the network, once.
 
         In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows.
         """
-        loss, readouts = self._objective.loss(read, self._active, self._source)
-        self.readouts = {i: readout.detach() for i, readout in readouts.items()}
-        at_taps = torch.autograd.grad(loss.sum(), read.features, allow_unused=True)
-        pairs = [(f, g) for f, g in zip(features, at_taps, strict=True) if g is not None]
-        largest = torch.stack([g.abs().amax() for _, g in pairs]).amax()
-        gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
-        outputs = [f[rows] for f, _ in pairs]
-        (gradient,) = torch.autograd.grad(outputs, leaf, [(g * gain).to(f.dtype) for f, g in pairs], retain_graph=not last)
-        self._losses.append(loss.detach())
-        self._gradients.append(gradient[rows].float() / gain / scale[rows])
+        at_taps: list[list[Tensor]] = []
+        gains = []
+        assert read.noise_level is not None
+        for n, branch in enumerate(branches):
+            rows = slice(n * self._batch, (n + 1) * self._batch)
+            features = [f[rows].detach().float().requires_grad_() for f in read.features]
+            part = Branch(features=features, emb=read.emb[rows], z=read.z[rows], noise_level=read.noise_level[rows])
+            loss, readouts = self._objective.loss(part, self._active, self._sources.get(branch))
+            self.readouts = {i: readout.detach() for i, readout in readouts.items()}
+            self._losses.setdefault(branch, []).append(loss.detach())
+            found = torch.autograd.grad(loss.sum(), features, allow_unused=True, materialize_grads=True)
+            largest = torch.stack([g.abs().amax() for g in found]).amax()
+            gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
+            at_taps.append([g * gain for g in found])
+            gains.append(gain)
+        outputs = [torch.cat(parts).to(f.dtype) for f, parts in zip(read.features, zip(*at_taps, strict=True), strict=True)]
+        (gradient,) = torch.autograd.grad(read.features, leaf, outputs)
+        for n, (branch, gain) in enumerate(zip(branches, gains, strict=True)):
+            rows = slice(n * self._batch, (n + 1) * self._batch)
+            self._gradients.setdefault(branch, []).append(gradient[rows].float() / gain / scale[rows])
 
 
 def _in_place_allowed(control: Any, options: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
@@ -188,11 +195,5 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
 
 def _attention_with_backward(chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
     """The attention kernel in use if it has a backward, else PyTorch's (sage and some flash builds have none)."""
-    import os
-
-    kernel = (
-        chosen
-        if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD and not os.environ.get("SDPA")
-        else attention_pytorch
-    )
+    kernel = chosen if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD else attention_pytorch
     return kernel(*args, **kwargs)

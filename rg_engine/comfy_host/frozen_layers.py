@@ -1,13 +1,9 @@
-"""Layers of a frozen network that keep less for backward than autograd does.
+"""Layers of a frozen network that keep less for backward than autograd does, with the same result.
 
-Autograd keeps a layer's input and weight for the gradient of its weight as well, which nobody asks for here. Three things
-replace it, each with the same result:
-
-* a frozen layer fetches its weight again in backward and keeps nothing: a weight that was offloaded, cast or patched for
-  the forward pass is never held in between;
-* cheap elementwise parts (normalisation and activation before a convolution, the gate of a feed-forward layer) keep their
-  input and run again in backward;
-* in the *light* graph a whole transformer block keeps its input only and runs again (checkpointing, arXiv 1604.06174).
+* A frozen layer fetches its weight again in backward and keeps nothing: a weight that was offloaded, cast or patched for the
+  forward pass is never held in between, and neither is a convolution's input, which only its weight's gradient needs.
+* Elementwise parts (normalisation and activation before a convolution, the gate of a feed-forward layer) keep their input
+  and run again in backward, and so do whole transformer blocks (checkpointing, arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -26,20 +22,22 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 
-def lean_forward(module: nn.Module) -> Forward | None:
-    """A forward for ``module`` that keeps less, None if autograd's own is as good."""
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) or (isinstance(module, _NORMS) and casts_weights(module)):
-        return _frozen(module) if module.weight is not None and _can_be_frozen(module) else None
+def frozen_forward(module: Any) -> Forward | None:
+    """A forward for a layer that makes its weights anew each time it runs, None for any other module."""
+    return _frozen(module) if casts_weights(module) and module.weight is not None else None
+
+
+def light_forward(module: nn.Module) -> Forward | None:
+    """A forward that keeps as little as possible, None if there is nothing to gain."""
+    if isinstance(module, BasicTransformerBlock):
+        return _run_again(module)
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and _is_known(module):
+        return _frozen(module)
     if isinstance(module, GEGLU) and not _watched(module.proj):
         return _gate(module)
     if isinstance(module, nn.Sequential) and len(module) > 2 and isinstance(module[0], nn.GroupNorm):
         return _normed(module) if isinstance(module[1], nn.SiLU) and not _watched(*module[:2]) else None
-    return None
-
-
-def light_forward(module: nn.Module) -> Forward | None:
-    """The same for the light graph, which runs whole transformer blocks again in backward."""
-    return _run_again(module) if isinstance(module, BasicTransformerBlock) else lean_forward(module)
+    return frozen_forward(module)
 
 
 def casts_weights(module: nn.Module) -> bool:
@@ -119,7 +117,7 @@ def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
-def _can_be_frozen(module: Any) -> bool:
+def _is_known(module: Any) -> bool:
     """Whether a layer is one of torch's or ComfyUI's own, whose backward is known here."""
     if isinstance(module, _CONVOLUTIONS) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
         return False

@@ -20,7 +20,7 @@ from ..errors import TargetError
 from ..features import Backbone, FeatureTap
 from ..training import Reading
 from .branches import input_scale
-from .gradient_scope import plain
+from .frozen_layers import plain
 from .guided_model import backbone_of
 
 KEY = "readout_guidance_read"

@@ -1,10 +1,11 @@
 """Gradients through a loaded ComfyUI model, without copying its weights.
 
 ComfyUI runs nodes in inference mode, and weights loaded there are inference tensors, which autograd refuses to keep. For
-the time of one pass :func:`gradient_scope` replaces
+the time of one pass a :class:`GradientScope` replaces
 
-* the forward of layers that can do with less memory than autograd's (:mod:`.frozen_layers`), and
-* each other inference parameter by an ordinary tensor over the same storage (nothing is copied).
+* each inference parameter by an ordinary tensor over the same storage (nothing is copied), and
+* the forward of layers that make their weights when they run (offloaded, dynamic, quantised or patched ones), or that take
+  less memory otherwise (:mod:`.frozen_layers`).
 
 Everything is as before when the scope ends, also after an error.
 """
@@ -12,51 +13,71 @@ Everything is as before when the scope ends, also after an error.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from .frozen_layers import casts_weights, lean_forward, light_forward, plain
+from .frozen_layers import casts_weights, frozen_forward, light_forward
 
-__all__ = ["Graph", "gradient_scope", "plain"]
-#: What is kept for backward. autograd: what autograd keeps (layers whose weights are cast excepted), to compare with; lean:
-#: less, at the same speed; light: least, at the cost of running transformer blocks twice.
-Graph = Literal["autograd", "lean", "light"]
+#: What is kept for backward. full: what autograd keeps, but no weights that were cast; light: about a third of it, at the
+#: cost of running transformer blocks twice.
+Graph = Literal["full", "light"]
 MISSING = object()
 
 
-@contextlib.contextmanager
-def gradient_scope(network: nn.Module, graph: Graph = "lean") -> Iterator[None]:
-    """Inside, autograd is on and ``network`` can be differentiated with respect to its inputs."""
-    kept: list[tuple[dict[str, Any], str, Any]] = []  # (table, name, what it held); MISSING if nothing
-    find = light_forward if graph == "light" else lean_forward
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            for module in network.modules():
-                forward = find(module) if graph != "autograd" or casts_weights(module) else None
+class GradientScope:
+    """Context manager: inside, autograd is on and ``network`` can be differentiated with respect to its inputs.
+
+    It can be entered again and again, for pass after pass of one run; what it knows of the network's structure is gathered
+    once.
+    """
+
+    def __init__(self, network: nn.Module, graph: Graph = "full") -> None:
+        self.network, self.graph = network, graph
+        self._modules = list(network.modules())
+        self._aliases: dict[int, Tensor] = {}  # by the id of the parameter; both live as long as the run
+        self._kept: list[tuple[dict[str, Any], str, Any]] = []  # (table, name, what it held); MISSING if nothing
+        self._modes = contextlib.ExitStack()
+
+    def __enter__(self) -> GradientScope:
+        forward_of = light_forward if self.graph == "light" else frozen_forward
+        try:
+            self._modes.enter_context(torch.inference_mode(False))
+            self._modes.enter_context(torch.enable_grad())
+            for module in self._modules:
+                forward = forward_of(module)
                 if forward is not None:
-                    kept.append((module.__dict__, "forward", module.__dict__.get("forward", MISSING)))
+                    self._kept.append((module.__dict__, "forward", module.__dict__.get("forward", MISSING)))
                     module.forward = forward  # type: ignore[method-assign]
                 if not casts_weights(module):
-                    _alias_tensors(module, kept)
-            yield
-    finally:
-        for table, name, value in reversed(kept):
+                    self._alias(module._parameters, as_parameter=True)
+                    self._alias(module._buffers, as_parameter=False)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for table, name, value in reversed(self._kept):
             if value is MISSING:
                 del table[name]
             else:
                 table[name] = value
+        self._kept.clear()
+        self._modes.close()
 
-
-def _alias_tensors(module: nn.Module, kept: list[tuple[dict[str, Any], str, Any]]) -> None:
-    """Replace a module's inference parameters and buffers by ordinary tensors over the same storages."""
-    tables: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
-    for table in tables:
+    def _alias(self, table: Any, as_parameter: bool) -> None:
+        """Replace a module's inference tensors by ordinary ones over the same storages."""
         for name, tensor in table.items():
-            if tensor is not None and tensor.is_inference() and type(tensor.data) is Tensor:
-                kept.append((table, name, tensor))
-                empty = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                alias = empty.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-                table[name] = nn.Parameter(alias, requires_grad=False) if table is module._parameters else alias
+            if tensor is None or not tensor.is_inference() or type(tensor.data) is not Tensor:
+                continue
+            alias = self._aliases.get(id(tensor))
+            if alias is None or alias.data_ptr() != tensor.data_ptr() or alias.dtype != tensor.dtype:
+                alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+                alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+                if as_parameter:
+                    alias = nn.Parameter(alias, requires_grad=False)
+                self._aliases[id(tensor)] = alias
+            self._kept.append((table, name, tensor))
+            table[name] = alias

@@ -107,7 +107,7 @@ class ModelGuidance:
             settings=settings,
             backbone=self.backbone,
             plan=plan,
-            graph=self.graph or "lean",
+            graph=self.graph or "full",
             sampler=sampler,
             sigmas=schedule,
         )

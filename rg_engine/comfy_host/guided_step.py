@@ -6,7 +6,7 @@ Shapes: x (B, C, H, W) the sampler's latent, z = x * scale the network's input, 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_patcher
@@ -19,7 +19,7 @@ from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, Sourc
 from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
-from .gradient_scope import Graph
+from .gradient_scope import GradientScope, Graph
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 
@@ -34,13 +34,14 @@ class Run:
     settings: GuidanceSettings
     backbone: Backbone
     plan: Plan
-    graph: Graph
     sampler: Any
     sigmas: list[float]
+    graph: Graph = "full"  # what is kept for backward
     objective: Objective | None = None
     noise: Tensor | None = None
     denoise_mask: Tensor | None = None
     steps: SamplerSteps | None = None
+    scope: GradientScope | None = None
     recording: bool = False  # the source pass is under way
     source: SourcePass = dataclasses.field(default_factory=SourcePass)
     references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
@@ -54,6 +55,7 @@ class Run:
             generator = torch.Generator().manual_seed(seed or 0)
             noise = torch.randn(noise.shape, generator=generator).to(noise)
         self.objective, self.noise, self.denoise_mask = objective, noise, denoise_mask
+        self.scope = GradientScope(guider.inner_model.diffusion_model, self.graph)
         for i, target in enumerate(objective.targets):
             if target.needs_reference and target.reference_latent is not None:
                 latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))
@@ -61,7 +63,7 @@ class Run:
 
     def reader(self, x: Tensor, **settings: Any) -> BranchReader:
         assert self.objective is not None
-        return BranchReader(self.backbone, self.objective, x, graph=self.graph, **settings)
+        return BranchReader(self.backbone, self.objective, x, scope=self.scope, **settings)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,9 +76,9 @@ class ModelCall:
     options: Options
     predict: Callable[[Options], Tensor]
 
-    def run_branch(self, reader: BranchReader, branch: int, x: Tensor | None = None) -> Tensor:
-        """The prediction of one branch by itself, read out by ``reader``."""
-        return reader.run(self.guider, branch, self.x if x is None else x, self.timestep, self.options)
+    def run(self, reader: BranchReader, branches: Sequence[int], x: Tensor | None = None) -> dict[int, Tensor]:
+        """The predictions of some branches by themselves, read out by ``reader``."""
+        return reader.run(self.guider, branches, self.x if x is None else x, self.timestep, self.options)
 
     @property
     def scale(self) -> Tensor:
@@ -90,10 +92,10 @@ def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     run.source.latents[planned.step] = call.x.to("cpu", copy=True)  # the sampler may go on to change it in place
     denoised = call.predict(reader.install(call.options))
     for branch in _branches(run, call):
-        if branch not in reader.source:  # not part of the plain prediction (cfg 1)
-            call.run_branch(reader, branch)
+        if branch not in reader.found:  # not part of the plain prediction (cfg 1)
+            call.run(reader, (branch,))
         model = call.guider.inner_model
-        run.source.keep((planned.step, branch), reader.source[branch], model.manual_cast_dtype or model.get_dtype())
+        run.source.keep((planned.step, branch), reader.found[branch], model.manual_cast_dtype or model.get_dtype())
     return denoised
 
 
@@ -103,9 +105,9 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     x moves against the gradient; the noise that the model saw in x is kept, so the prediction moves with it.
     """
     x, scale = call.x, call.scale
-    reader = _guided_reader(run, planned, CONDITIONAL, call)
-    prediction = call.run_branch(reader, CONDITIONAL)
-    run.losses.append(reader.loss)
+    reader = _guided_reader(run, planned, (CONDITIONAL,), call)
+    prediction = call.run(reader, (CONDITIONAL,))[CONDITIONAL]
+    run.losses.append(reader.loss())
     run.readouts = reader.readouts
     denoised = call.predict(_reusing(prediction, call) if reader.whole else call.options)
     length: float | Tensor = planned.length
@@ -146,16 +148,14 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     x, scale, before = call.x, call.scale, call.x.clone()
     with torch.inference_mode(False):
         update = ReferenceUpdate(before.clone() * scale.clone(), run.settings.strength)
+    branches = _branches(run, call)
     for _ in range(run.settings.iterations):
-        gradients = []
-        for branch in _branches(run, call):
-            reader = _guided_reader(run, planned, branch, call)
-            call.run_branch(reader, branch)
-            run.losses.append(reader.loss)
-            run.readouts = reader.readouts
-            gradients.append(reader.gradient)
+        reader = _guided_reader(run, planned, branches, call)
+        call.run(reader, branches)
+        run.losses += [reader.loss(branch) for branch in branches]
+        run.readouts = reader.readouts
         with torch.inference_mode(False):
-            z = update.step(torch.stack(gradients).sum(0))
+            z = update.step(reader.gradient)
         moved = before + _inside(z / scale - before, run.denoise_mask).to(x.dtype)
         _move(run, x, _kept_still(run, planned, moved), scale)
     return call.predict(call.options)
@@ -168,21 +168,30 @@ def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
     return (CONDITIONAL,)
 
 
-def _guided_reader(run: Run, planned: PlannedStep, branch: int, call: ModelCall) -> BranchReader:
-    """A reader of one guided branch, with the readouts of source and references that it is compared with."""
-    source = run.source.step((planned.step, branch), call.x.device)
-    for i in sorted(set(run.references) & set(planned.active)):
-        key = (planned.step, branch, i)
-        if key not in run.reference_steps:
-            sampling = call.guider.inner_model.model_sampling
-            noised = sampling.noise_scaling(call.timestep[:1], run.noise, run.references[i], False)
-            reader = run.reader(call.x, recorded=(i,))
-            call.run_branch(reader, branch, noised)
-            run.reference_steps[key] = reader.source[branch]
-        step = run.reference_steps[key]
-        readouts = {**({} if source is None else source.readouts), **step.readouts}
-        source = dataclasses.replace(source or step, readouts=readouts)
-    return run.reader(call.x, active=planned.active, source=source)
+def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall) -> BranchReader:
+    """A reader of guided branches, with the readouts of source and references that they are compared with."""
+    sources: dict[int, SourceStep] = {}
+    for branch in branches:
+        source = run.source.step((planned.step, branch), call.x.device)
+        for i in sorted(set(run.references) & set(planned.active)):
+            step = _reference(run, planned, branch, i, call)
+            readouts = {**({} if source is None else source.readouts), **step.readouts}
+            source = dataclasses.replace(source or step, readouts=readouts)
+        if source is not None:
+            sources[branch] = source
+    return run.reader(call.x, active=planned.active, sources=sources)
+
+
+def _reference(run: Run, planned: PlannedStep, branch: int, i: int, call: ModelCall) -> SourceStep:
+    """What target i's head reads in its reference, noised to this step."""
+    key = (planned.step, branch, i)
+    if key not in run.reference_steps:
+        sampling = call.guider.inner_model.model_sampling
+        noised = sampling.noise_scaling(call.timestep[:1], run.noise, run.references[i], False)
+        reader = run.reader(call.x, recorded=(i,))
+        call.run(reader, (branch,), noised)
+        run.reference_steps[key] = reader.found[branch]
+    return run.reference_steps[key]
 
 
 def _move(run: Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:

@@ -35,10 +35,10 @@ class FeatureTap:
         self.detach()
 
     def attach(self) -> None:
-        modules = dict(self._network.named_modules())
         try:
             for path in (*self._backbone.taps, self._backbone.emb_tap):
-                self._handles.append(modules[path].register_forward_hook(self._catch(path)))
+                module = self._network.get_submodule(path)
+                self._handles.append(module.register_forward_hook(self._catch(path)))
         except BaseException:
             self.detach()
             raise

@@ -24,7 +24,7 @@ def inputs():
 def gradient(network, inputs) -> torch.Tensor:
     """Of <output, direction> with respect to the latent, inside the scope."""
     x, context, direction = inputs
-    with engine("comfy_host.gradient_scope").gradient_scope(network):
+    with engine("comfy_host.gradient_scope").GradientScope(network):
         leaf = x.clone().requires_grad_()
         out = network(leaf, torch.tensor([500.0, 500.0]), context=context)
         return torch.autograd.grad(out, leaf, direction)[0]
@@ -87,7 +87,7 @@ def test_no_weight_is_copied(inputs):
     network = parity_model().model.diffusion_model
     pointers = {name: p.data_ptr() for name, p in network.named_parameters()}
     objects = {name: id(p) for name, p in network.named_parameters()}
-    with engine("comfy_host.gradient_scope").gradient_scope(network):
+    with engine("comfy_host.gradient_scope").GradientScope(network):
         assert {name: p.data_ptr() for name, p in network.named_parameters()} == pointers
         assert not any(p.is_inference() for p in network.parameters())
     assert {name: id(p) for name, p in network.named_parameters()} == objects
@@ -108,7 +108,7 @@ def test_no_cast_weight_lives_between_forward_and_backward(inputs, monkeypatch):
         return (*copies, *out[2:])
 
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", tracked)
-    with engine("comfy_host.gradient_scope").gradient_scope(network):
+    with engine("comfy_host.gradient_scope").GradientScope(network):
         leaf = inputs[0].clone().requires_grad_()
         out = network(leaf, torch.tensor([500.0, 500.0]), context=inputs[1])
         gc.collect()
@@ -139,6 +139,6 @@ def test_a_tiny_loss_does_not_underflow_in_half_precision(dtype):
         reader = branches.BranchReader(backbone, objective, x, active=(0,))
         options = reader.install({})["transformer_options"]
         model.model.apply_model(x, sigma, c_crossattn=context, transformer_options=options)
-        found.append(SimpleNamespace(gradient=reader.gradient / weight, loss=reader.loss))
+        found.append(SimpleNamespace(gradient=reader.gradient / weight, loss=reader.loss()))
     assert found[1].gradient.abs().max() > 0
     assert relative(found[1].gradient, found[0].gradient) < 1e-3

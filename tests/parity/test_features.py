@@ -72,10 +72,10 @@ def test_loss_and_gradient_of_one_branch(golden, run):
         model.model.apply_model(x[row], sigma, c_crossattn=golden["fwd.ctx"][row], transformer_options=options)
         return made
 
-    source = reader(slice(0, 1)).source[branches.CONDITIONAL]
-    guided = reader(slice(1, 2), active=tuple(range(len(targets))), source=source)
+    source = reader(slice(0, 1)).found[branches.CONDITIONAL]
+    guided = reader(slice(1, 2), active=tuple(range(len(targets))), sources={branches.CONDITIONAL: source})
     weight = targets[0].weight
-    assert float(guided.loss / weight) == pytest.approx(float(golden[f"grad.{run}.loss"]), rel=1e-4)
+    assert float(guided.loss() / weight) == pytest.approx(float(golden[f"grad.{run}.loss"]), rel=1e-4)
     assert relative(guided.gradient / weight, golden[f"grad.{run}.dx"][1:]) < 1e-4
     assert float(golden[f"grad.{run}.dx"][0].abs().max()) == 0
 
