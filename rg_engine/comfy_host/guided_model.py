@@ -26,7 +26,7 @@ from ..guidance.schedule import DRAG_INTERVAL
 from ..heads import ReadoutHead
 from .gradient_scope import Graph
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
-from .memory import with_room_for_graph
+from .memory import choose_graph, with_room_for_graph
 from .progress import RunProgress
 from .sampler_steps import SamplerSteps, watched
 from .source_pass import SourcePasses, fingerprint
@@ -103,14 +103,7 @@ class ModelGuidance:
         plan = make_plan(ranges, schedule, settings, lambda p: float(model_sampling.percent_to_sigma(p)))
         if not plan.steps:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
-        self._run = run = Run(
-            settings=settings,
-            backbone=self.backbone,
-            plan=plan,
-            graph=self.graph or "full",
-            sampler=sampler,
-            sigmas=schedule,
-        )
+        self._run = run = Run(settings=settings, backbone=self.backbone, plan=plan, sampler=sampler, sigmas=schedule)
         try:
             out = executor(noise, latent_image, watched(sampler, lambda: run.steps), sigmas, *args, **kwargs)
         finally:
@@ -120,7 +113,9 @@ class ModelGuidance:
 
     def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
-            noise_shape = with_room_for_graph(model, self.backbone, noise_shape)
+            branches = 2 if self.settings.mode == "reference" else 1
+            self._run.graph = self.graph or choose_graph(model, self.backbone, noise_shape, branches)
+            noise_shape = with_room_for_graph(model, self.backbone, noise_shape, self._run.graph, branches)
         return executor(model, noise_shape, *args, **kwargs)
 
     def sampler_sample(

@@ -6,9 +6,11 @@ Shapes: x (B, C, H, W) the sampler's latent, z = x * scale the network's input, 
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfy.model_management
 import comfy.model_patcher
 import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
@@ -20,9 +22,11 @@ from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
 from .gradient_scope import GradientScope, Graph
+from .memory import is_out_of_memory
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 
+log = logging.getLogger("readout_guidance")
 KEY = "readout_guidance"
 Options = dict[str, Any]
 
@@ -55,11 +59,14 @@ class Run:
             generator = torch.Generator().manual_seed(seed or 0)
             noise = torch.randn(noise.shape, generator=generator).to(noise)
         self.objective, self.noise, self.denoise_mask = objective, noise, denoise_mask
-        self.scope = GradientScope(guider.inner_model.diffusion_model, self.graph)
+        self.use_graph(self.graph, guider)
         for i, target in enumerate(objective.targets):
             if target.needs_reference and target.reference_latent is not None:
                 latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))
                 self.references[i] = fit(latent, objective.size).expand_as(noise)
+
+    def use_graph(self, graph: Graph, guider: Any) -> None:
+        self.graph, self.scope = graph, GradientScope(guider.inner_model.diffusion_model, graph)
 
     def reader(self, x: Tensor, **settings: Any) -> BranchReader:
         assert self.objective is not None
@@ -105,8 +112,8 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     x moves against the gradient; the noise that the model saw in x is kept, so the prediction moves with it.
     """
     x, scale = call.x, call.scale
-    reader = _guided_reader(run, planned, (CONDITIONAL,), call)
-    prediction = call.run(reader, (CONDITIONAL,))[CONDITIONAL]
+    reader, predictions = _read_guided(run, planned, (CONDITIONAL,), call)
+    prediction = predictions[CONDITIONAL]
     run.losses.append(reader.loss())
     run.readouts = reader.readouts
     denoised = call.predict(_reusing(prediction, call) if reader.whole else call.options)
@@ -150,8 +157,7 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
         update = ReferenceUpdate(before.clone() * scale.clone(), run.settings.strength)
     branches = _branches(run, call)
     for _ in range(run.settings.iterations):
-        reader = _guided_reader(run, planned, branches, call)
-        call.run(reader, branches)
+        reader, _ = _read_guided(run, planned, branches, call)
         run.losses += [reader.loss(branch) for branch in branches]
         run.readouts = reader.readouts
         with torch.inference_mode(False):
@@ -166,6 +172,23 @@ def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
     if run.settings.mode == "reference" and call.guider.conds.get("negative") is not None:
         return (UNCONDITIONAL, CONDITIONAL)
     return (CONDITIONAL,)
+
+
+def _read_guided(
+    run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall
+) -> tuple[BranchReader, dict[int, Tensor]]:
+    """Guided branches, read out, and their predictions. Without the memory for it, once more with the light graph."""
+    try:
+        reader = _guided_reader(run, planned, branches, call)
+        return reader, call.run(reader, branches)
+    except Exception as error:
+        if run.graph == "light" or not is_out_of_memory(error):
+            raise
+        log.warning("Readout guidance: out of memory; going on with the light graph, which takes longer.")
+    run.use_graph("light", call.guider)
+    comfy.model_management.soft_empty_cache()
+    reader = _guided_reader(run, planned, branches, call)
+    return reader, call.run(reader, branches)
 
 
 def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall) -> BranchReader:

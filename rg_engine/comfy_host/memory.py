@@ -1,7 +1,8 @@
-"""How much memory the gradient's graph takes, so that ComfyUI makes room before it loads the model."""
+"""How much memory the gradient's graph takes: which graph there is room for, and room made before the model is loaded."""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -9,25 +10,66 @@ from typing import Any
 import comfy.model_management
 
 from ..features import Backbone
+from .gradient_scope import Graph
 
-#: Tensor elements that autograd keeps for each latent cell of one picture's conditional branch (counted by
+log = logging.getLogger("readout_guidance")
+#: Tensor elements that are kept for backward at a time, for each latent cell of one picture's branch (counted by
 #: tests/nodes/test_memory.py on the real shapes); networks of other shapes are taken for SDXL's.
-GRAPH_ELEMENTS_PER_CELL = {"SD1.5": 97_000, "SD2.x": 97_000, "SDXL": 163_000}
+GRAPH_ELEMENTS_PER_CELL: dict[str, dict[Graph, int]] = {
+    "SD1.5": {"full": 97_000, "light": 19_000},
+    "SD2.x": {"full": 97_000, "light": 19_000},
+    "SDXL": {"full": 163_000, "light": 16_000},
+}
 #: What backward itself needs on top, as a part of the graph.
 BACKWARD_SHARE = 0.15
 
 
-def graph_bytes(model: Any, backbone: Backbone, noise_shape: Sequence[int]) -> int:
+def graph_bytes(model: Any, backbone: Backbone, noise_shape: Sequence[int], graph: Graph = "full") -> int:
     """Bytes of the graph of one guided branch; ``model`` is a ModelPatcher, noise_shape (B, C, H, W)."""
-    elements = GRAPH_ELEMENTS_PER_CELL.get(backbone.name, GRAPH_ELEMENTS_PER_CELL["SDXL"])
+    elements = GRAPH_ELEMENTS_PER_CELL.get(backbone.name, GRAPH_ELEMENTS_PER_CELL["SDXL"])[graph]
     if backbone.name not in GRAPH_ELEMENTS_PER_CELL:
         elements = round(elements * max(backbone.channels) / 1280)
     size = comfy.model_management.dtype_size(model.model.manual_cast_dtype or model.model_dtype())
     return round(noise_shape[0] * math.prod(noise_shape[2:]) * elements * size * (1 + BACKWARD_SHARE))
 
 
-def with_room_for_graph(model: Any, backbone: Backbone, noise_shape: Sequence[int]) -> list[int]:
+def choose_graph(model: Any, backbone: Backbone, noise_shape: Sequence[int], branches: int) -> Graph:
+    """full where there is room for it beside the model and what sampling needs, else light, with a line in the log.
+
+    Room is what is free and what ComfyUI can free by unloading other models. branches: guided in one pass.
+    """
+    management, device = comfy.model_management, model.load_device
+    others = sum(
+        loaded.model_loaded_memory()
+        for loaded in management.current_loaded_models
+        if loaded.device == device and loaded.model is not None and loaded.model.model is not model.model
+    )
+    room = management.get_free_memory(device) + others - management.extra_reserved_memory()
+    weights = max(model.model_size() - model.loaded_size(), 0)
+    sampling = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
+    full = branches * graph_bytes(model, backbone, noise_shape)
+    if weights + sampling + full <= room:
+        return "full"
+    light = branches * graph_bytes(model, backbone, noise_shape, "light")
+    log.info(
+        "Readout guidance: the gradient needs %.1f GB and %.1f GB are free beside the model, so the light graph is used: "
+        "%.1f GB, guided steps take about a quarter longer.",
+        full / 1e9,
+        max(room - weights - sampling, 0) / 1e9,
+        light / 1e9,
+    )
+    return "light"
+
+
+def with_room_for_graph(
+    model: Any, backbone: Backbone, noise_shape: Sequence[int], graph: Graph = "full", branches: int = 1
+) -> list[int]:
     """A noise shape of so many more pictures that ComfyUI's own estimate covers the graph as well."""
     own = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
-    share = graph_bytes(model, backbone, noise_shape) / max(own, 1)
+    share = branches * graph_bytes(model, backbone, noise_shape, graph) / max(own, 1)
     return [math.ceil(noise_shape[0] * (1 + share)), *noise_shape[1:]]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    newer = getattr(comfy.model_management, "is_oom", None)
+    return newer(error) if newer is not None else isinstance(error, comfy.model_management.OOM_EXCEPTION)
