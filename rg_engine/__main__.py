@@ -31,11 +31,12 @@ def main(arguments: list[str] | None = None) -> int:
 
     benchmark = commands.add_parser("benchmark", help="what guidance costs, in time and memory; writes benchmark.json")
     benchmark.add_argument("--out", type=Path, default=Path("demo_out"))
-    benchmark.add_argument("--shape", nargs="+", default=["demo", "small"], choices=["demo", "small", "sd15", "sdxl"])
+    benchmark.add_argument("--shape", nargs="*", default=["demo", "small"], choices=["demo", "small", "sd15", "sdxl"])
     benchmark.add_argument("--turns", type=int, default=5, help="runs of each way, turn by turn")
     benchmark.add_argument("--ways", nargs="+", default=None, help="only these; plain is needed")
     benchmark.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
     benchmark.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    benchmark.add_argument("--frontier", type=int, default=0, metavar="PICTURES", help="control against cost, demo model")
 
     convert = commands.add_parser("convert", help="authors' .pt to .safetensors, or back")
     convert.add_argument("source", type=Path)
@@ -81,7 +82,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "benchmark":
             from .comfy_host.benchmark import run_benchmark
 
-            run_benchmark(options.out, options.shape, options.turns, options.dtype, options.ways)
+            run_benchmark(options.out, options.shape, options.turns, options.dtype, options.ways, options.frontier)
             return 0
         if options.command == "evaluate":
             from .comfy_host.evaluate import run_evaluation

@@ -25,6 +25,9 @@ from torch import Tensor
 from ..guidance import GuidanceSettings, Target
 from ..heads import ReadoutHead
 from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
+from .demo_world import load_world
+from .evaluate import markdown
+from .frontier import measure_frontier, plot_frontier
 from .gradient_scope import Graph
 from .guided_model import guide
 
@@ -60,8 +63,10 @@ WAYS = {
 
 
 @torch.inference_mode()
-def run_benchmark(out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None) -> dict[str, Any]:
-    """Measure the shapes; prints tables and writes benchmark.json."""
+def run_benchmark(
+    out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None, frontier: int = 0
+) -> dict[str, Any]:
+    """Measure the shapes, and the frontier on so many pictures; prints tables, writes benchmark.json and frontier.png."""
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
     device = comfy.model_management.get_torch_device()
@@ -76,6 +81,10 @@ def run_benchmark(out: Path, shapes: list[str], turns: int, dtype: str, ways: li
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
     out.mkdir(parents=True, exist_ok=True)
+    if frontier:
+        report["frontier"] = measure_frontier(load_world(frontier))
+        plot_frontier(report["frontier"], out / "frontier.png")
+        print(markdown(report["frontier"]))
     (out / "benchmark.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"wrote {out / 'benchmark.json'}")
     return report
