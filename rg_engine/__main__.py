@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, train, evaluate, convert, train-demo."""
+"""``python -m rg_engine``: demo, train, evaluate, benchmark, convert, train-demo."""
 
 from __future__ import annotations
 
@@ -36,6 +36,8 @@ def main(arguments: list[str] | None = None) -> int:
     benchmark.add_argument("--ways", nargs="+", default=None, help="only these; plain is needed")
     benchmark.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
     benchmark.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    benchmark.add_argument("--pictures", nargs="+", type=int, default=[], metavar="STEPS", help="whole pictures as well")
+    benchmark.add_argument("--runs", type=int, default=0, help="so many guided runs, for their memory")
     benchmark.add_argument("--frontier", type=int, default=0, metavar="PICTURES", help="control against cost, demo model")
 
     convert = commands.add_parser("convert", help="authors' .pt to .safetensors, or back")
@@ -82,7 +84,10 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "benchmark":
             from .comfy_host.benchmark import run_benchmark
 
-            run_benchmark(options.out, options.shape, options.turns, options.dtype, options.ways, options.frontier)
+            run_benchmark(
+                options.out, options.shape, options.turns, options.dtype, options.ways,
+                pictures=options.pictures, frontier=options.frontier, runs=options.runs,
+            )  # fmt: skip
             return 0
         if options.command == "evaluate":
             from .comfy_host.evaluate import run_evaluation

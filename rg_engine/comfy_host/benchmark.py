@@ -25,11 +25,13 @@ from torch import Tensor
 from ..guidance import GuidanceSettings, Target
 from ..heads import ReadoutHead
 from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
+from .bootstrap import REPOSITORY
 from .demo_world import load_world
 from .evaluate import markdown
 from .frontier import measure_frontier, plot_frontier
 from .gradient_scope import Graph
 from .guided_model import guide
+from .workflow import Executor, load_extension, read_workflow, with_inputs
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
 KEY = "benchmark"
@@ -64,23 +66,36 @@ WAYS = {
 
 @torch.inference_mode()
 def run_benchmark(
-    out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None, frontier: int = 0
-) -> dict[str, Any]:
-    """Measure the shapes, and the frontier on so many pictures; prints tables, writes benchmark.json and frontier.png."""
+    out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None, *,
+    pictures: list[int] | None = None, frontier: int = 0, runs: int = 0,
+) -> dict[str, Any]:  # fmt: skip
+    """Measure the shapes; prints tables, writes benchmark.json.
+
+    pictures: whole pictures of so many steps as well. frontier: control against cost on so many pictures of the demo model,
+    with a plot, frontier.png. runs: so many guided runs of the example workflow one after another, for their memory.
+    """
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
     device = comfy.model_management.get_torch_device()
     precision = {"auto": torch.float32 if device.type == "cpu" else torch.float16}.get(dtype) or getattr(torch, dtype)
     report: dict[str, Any] = {"device": _name(device), "torch": torch.__version__, "dtype": str(precision)}
+    began = time.perf_counter()
+    load_extension()
+    report["seconds to load the extension"] = round(time.perf_counter() - began, 3)
     for name in shapes:
-        report[name] = rows = measure_shape(SHAPES[name], precision, turns, ways or list(WAYS))
+        report[name] = rows = measure_shape(SHAPES[name], precision, turns, ways or list(WAYS), pictures or [])
         print(
             f"\n{name}: {rows['parameters'] / 1e6:.0f}M parameters, {SHAPES[name].cells} cells, {precision}, {_name(device)}"
         )
         print(_table(rows["ways"]), flush=True)
+        for steps, ratio in rows["pictures"].items():
+            print(f"a picture of {steps} steps, guided as by default: {ratio:.3f} of a plain one")
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
     out.mkdir(parents=True, exist_ok=True)
+    if runs:
+        report["resident MiB after runs"] = sizes = memory_over_runs(runs)
+        print(f"resident memory over {runs} guided runs: {sizes[0]:.0f} MiB, {sizes[len(sizes) // 2]:.0f}, {sizes[-1]:.0f}")
     if frontier:
         report["frontier"] = measure_frontier(load_world(frontier))
         plot_frontier(report["frontier"], out / "frontier.png")
@@ -90,8 +105,9 @@ def run_benchmark(
     return report
 
 
-def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str]) -> dict[str, Any]:
-    """Median seconds of a step of each way, its ratio to a plain one's, bytes kept for backward, peak memory (GPU)."""
+def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str], pictures: list[int]) -> dict[str, Any]:
+    """Median seconds of a step of each way, its ratio to a plain one's, bytes kept for backward, peak memory (GPU); and the
+    ratios of whole pictures, guided as by default, of so many steps."""
     model = random_model(shape, dtype)
     heads = random_heads(model, shape, 3)
     positive, negative = (random_conds(model, shape, seed) for seed in (1, 2))
@@ -122,11 +138,41 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str])
             "peak bytes": peak[name],
         }  # fmt: skip
     parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
-    return {"parameters": parameters, "ways": found}
+    whole = {steps: picture_ratio(model, heads[0], (positive, negative), shape, steps, turns) for steps in pictures}
+    return {"parameters": parameters, "ways": found, "pictures": whole}
+
+
+def picture_ratio(model: Any, head: ReadoutHead, conds: Any, shape: Shape, steps: int, turns: int) -> float:
+    """The median time of a whole picture guided as by default over that of a plain one."""
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    for turn in range(turns + 1):
+        for count, each in seconds.items():
+            way = Way(heads=count, settings=GuidanceSettings())
+            taken = _model_calls(model, way, [head], conds, zero_latent(shape, 1), steps, end_percent=0.5)
+            each += [sum(taken)] if turn else []
+    return round(statistics.median(seconds[1]) / statistics.median(seconds[0]), 3)
+
+
+def memory_over_runs(count: int) -> list[float]:
+    """Resident memory in MiB after each of ``count`` runs of the pose workflow, each with another seed, 8 steps."""
+    import psutil
+
+    prompt = with_inputs(read_workflow(REPOSITORY / "example_workflows" / "pose.json"), "RG_ReadoutGuidedKSampler", steps=8)
+    executor, process, sizes = Executor(), psutil.Process(), []
+    for seed in range(count):
+        executor.run(with_inputs(prompt, "RG_ReadoutGuidedKSampler", seed=seed))
+        sizes.append(process.memory_info().rss / 2**20)
+    return sizes
 
 
 def step_seconds(model: Any, way: Way, heads: list[ReadoutHead], conds: Any, latent: Tensor) -> list[float]:
     """Seconds of each model call but the first and the last, of a run of STEPS steps with guidance in every one of them."""
+    return _model_calls(model, way, heads, conds, latent, STEPS, end_percent=1.0)[1:-1]
+
+
+def _model_calls(
+    model: Any, way: Way, heads: list[ReadoutHead], conds: Any, latent: Tensor, steps: int, end_percent: float
+) -> list[float]:
     import comfy.sample
 
     times: list[float] = []
@@ -135,11 +181,11 @@ def step_seconds(model: Any, way: Way, heads: list[ReadoutHead], conds: Any, lat
     target = None
     for head in heads[: way.heads]:
         picture = torch.rand(1, *latent.shape[-2:], 3, generator=torch.Generator().manual_seed(0))
-        target = Target(head=head, image=picture, end_percent=1.0, previous=target)
+        target = Target(head=head, image=picture, end_percent=end_percent, previous=target)
     guided = guide(timed, target, way.settings, graph=way.graph)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    comfy.sample.sample(guided, noise, STEPS, 7.5, "euler", "normal", *conds, latent, seed=0, disable_pbar=True)
-    return times[1:-1]
+    comfy.sample.sample(guided, noise, steps, 7.5, "euler", "normal", *conds, latent, seed=0, disable_pbar=True)
+    return times
 
 
 @contextlib.contextmanager

@@ -33,19 +33,21 @@ class Recipe:
     layer: str
     background: float | None = None
     sequence: Sequence = "scenes"
-    steps: int = 2400
+    steps: int = 1600
     batch: int = 12
     shift: float = 0.0
 
 
 RECIPES = (
-    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5, steps=1600),
-    Recipe(name="demo_depth", kind="spatial", layer="depth", steps=1600),
-    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5, steps=1600),
+    Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5),
+    Recipe(name="demo_depth", kind="spatial", layer="depth"),
+    Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5),
     Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0, shift=0.125),
     Recipe(name="demo_sketch", kind="lgp", layer="edges", shift=0.125),
-    Recipe(name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", batch=8, shift=0.125),
-    Recipe(name="demo_appearance", kind="appearance", layer="figure", sequence="triplets", batch=6, shift=0.125),
+    Recipe(
+        name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", steps=2400, batch=8, shift=0.125
+    ),
+    Recipe(name="demo_appearance", kind="appearance", layer="figure", sequence="triplets", steps=2400, batch=6, shift=0.125),
 )
 WIDTH = 64
 TRAINING_SEED = 31  # of the scenes; evaluations take others

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from ..demo.estimator import joint_positions
-from ..demo.render import render
+from ..demo.render import pose_map, render
 from ..demo.scene_pictures import sample_scenes
-from ..demo.world import COLOURS, JOINTS
+from ..demo.world import COLOURS, JOINTS, Scene
 from ..guidance import GuidanceSettings, Target
 from ..types import Drag
 from .demo_world import World, demo_head, sample
@@ -29,7 +29,7 @@ INVERSION_STEPS = 50
 FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
 STEPS = 30
 #: How the identity workflow is set.
-IDENTITY_END, IDENTITY_STRENGTH = 0.7, 1.5
+IDENTITY_END, IDENTITY_STRENGTH, IDENTITY_WEIGHT = 0.7, 1.5, 1.0
 SAME = 0.12  # colours nearer than this are one
 
 
@@ -128,33 +128,52 @@ def drag_target(drags: tuple[Drag, ...], mask: Tensor | None = None) -> Target:
 
 
 def identity_table(world: World) -> list[dict[str, Any]]:
-    """Pictures of 'a figure' with the look of another picture's figure: how far its colours are from the reference's."""
+    """A figure of a picture, in another pose before another wall: how far its colours are from the reference's.
+
+    All pictures follow the pose; the guided ones the reference's figure as well. The prompt does not name colours.
+    """
     scenes = sample_scenes(DRAG_SEED + 1, world.pictures, figure_only=True)
-    unguided, guided = [], []
-    for number, scene in enumerate(scenes):
-        drawn = render(scene)
-        reference = world.vae.encode(torch.from_numpy(drawn.image / np.float32(255))[None])
+    others = sample_scenes(DRAG_SEED + 2, world.pictures, figure_only=True)
+    found: dict[str, list[float]] = {"unguided": [], "guided": []}
+    for number, (scene, other) in enumerate(zip(scenes, others, strict=True)):
         start = {"samples": torch.zeros(1, 4, 16, 16)}
-        sampling: dict[str, Any] = {"prompt": f"a figure, {scene.wall} wall", "seed": 300 + number, "steps": STEPS}
-        unguided.append(colour_distance(world, sample(world, None, start, **sampling), scene))
-        target = Target(head=demo_head("demo_appearance"), reference_latent=reference, end_percent=IDENTITY_END)
-        made = sample(world, target, start, GuidanceSettings(strength=IDENTITY_STRENGTH), **sampling)
-        guided.append(colour_distance(world, made, scene))
+        sampling: dict[str, Any] = {"prompt": f"a figure, {other.wall} wall", "seed": 300 + number, "steps": STEPS}
+        settings = GuidanceSettings(strength=IDENTITY_STRENGTH)
+        for name in found:
+            target = identity_target(world, scene, other, IDENTITY_WEIGHT if name == "guided" else 0.0)
+            made = sample(world, target, start, settings, **sampling)
+            found[name].append(colour_distance(world, made, scene))
     rows = []
-    for name, each in (("unguided", unguided), ("guided", guided)):
-        scores = {"mean distance": np.mean(each), "5th percentile": np.percentile(each, 5)}
+    for name, each in found.items():
+        scores = {"mean distance": np.mean(each), "5th percentile": np.percentile(each, 5), "median": np.median(each)}
         same = float(np.mean(np.array(each) < SAME))
         rows.append({"pictures": name, **{key: float(f"{v:.3g}") for key, v in scores.items()}, "same colours": same})
     return rows
 
 
-def colour_distance(world: World, picture: Tensor, scene: Any) -> float:
+def identity_target(world: World, scene: Scene, other: Scene, weight: float) -> Target:
+    """What the identity workflow chains: the pose of ``other``'s figure and, where it is, the look of ``scene``'s."""
+    seen, wanted = render(scene), render(other)
+    pose = torch.from_numpy(pose_map(other.figure) / np.float32(255))[None]
+    return Target(
+        head=demo_head("demo_appearance"),
+        weight=weight,
+        end_percent=IDENTITY_END,
+        reference_latent=world.vae.encode(torch.from_numpy(seen.image / np.float32(255))[None]),
+        reference_mask=torch.from_numpy(seen.figure_mask)[None].float(),
+        mask=torch.from_numpy(wanted.figure_mask)[None].float(),
+        previous=Target(head=demo_head("demo_pose"), image=pose),
+    )
+
+
+def colour_distance(world: World, picture: Tensor, scene: Scene) -> float:
     """How far a figure's colours (head and shirt, where the estimator finds them) are from an identity's: RMS of RGB,
     0..1."""
     joints = _joints(world, picture)
     places = {"colour": joints[0], "shirt": joints[[1, 8, 11]].mean(0)}
     size = picture.shape[1]
     errors = []
+    assert scene.figure is not None
     for part, place in places.items():
         x, y = (place * size).long().clamp(2, size - 3).tolist()
         seen = picture[0, y - 2 : y + 3, x - 2 : x + 3].flatten(0, 1).median(0).values

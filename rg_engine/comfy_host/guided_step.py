@@ -124,6 +124,8 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     moved = _kept_still(run, planned, x + move)
     move = moved - x
     _move(run, x, moved, scale)
+    if run.sigmas[planned.step + 1] == 0:  # no later step would take up the move: predict once more, from where x is now
+        return call.predict(call.options)
     return denoised + move
 
 
