@@ -89,9 +89,9 @@ class TrainReadoutHead(io.ComfyNode):
                 io.Image.Input("images", optional=True, tooltip="Instead of latents: the pictures, with vae."),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes images."),
                 io.MultiType.Input(
-                    "targets", types=[io.Image, Readout, io.Latent, Tracks], optional=True,
+                    "targets", types=[io.Image, Readout, io.Latent, Tracks, io.Mask], optional=True,
                     tooltip="What the head should read: control pictures (spatial), heat maps (keypoint), a latent "
-                    "(lgp), tracks (correspondence); nothing for appearance.",
+                    "(lgp), tracks (correspondence), masks or nothing (appearance).",
                 ),
             ],
             outputs=[

@@ -9,8 +9,9 @@ import torch
 from small_training import KINDS, OUTPUT_CHANNELS, SIZE, examples
 from torch.nn import functional as F
 
+from rg_engine.losses import identity_loss
 from rg_engine.training import lesson_of
-from rg_engine.training.losses import balanced_mse, cell_weights, track_contrast, triplet_hinge
+from rg_engine.training.losses import balanced_mse, cell_weights, region_hinge, track_contrast, triplet_hinge
 
 TEMPERATURE = 0.5
 
@@ -130,6 +131,36 @@ def test_the_hinge_measures_each_place_by_itself():
 
 
 # All kinds
+
+
+def test_the_hinge_of_regions_compares_places_with_the_mean_of_the_other_region_and_nothing_outside():
+    up, right = torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0])
+    maps = torch.stack([up, right, right, up], 1)[:, None]  # (2, 1, 4): what the four places say
+    regions = torch.zeros(2, 3, 1, 4)
+    regions[0, 0, 0, 0] = regions[0, 1, 0, 3] = regions[0, 2, 0, 1] = 1  # up, up, right: told apart
+    regions[1, 0, 0, 0] = regions[1, 1, 0, 1] = 1  # the other's region is empty
+    readouts = maps.expand(2, 3, 2, 1, 4).clone()
+    near, empty = region_hinge(readouts, regions, 0.5)
+    assert (near, empty) == (0, 0)
+    regions[0, [1, 2]] = regions[0, [2, 1]]
+    assert region_hinge(readouts, regions, 0.5)[0] == pytest.approx(1.5)  # margin + distance 1 - distance 0
+    readouts[:, :, :, 0, 2] = 7.0  # a place in no region
+    assert region_hinge(readouts, regions, 0.5)[0] == pytest.approx(1.5)
+
+
+def test_a_region_hinge_is_zero_for_what_the_identity_loss_calls_alike():
+    """Training asks for what guidance will: the distance of a region's places to the mean descriptor of the other's."""
+    generator = torch.Generator().manual_seed(3)
+    readouts = torch.randn(1, 3, 4, 5, 5, generator=generator)
+    regions = (torch.rand(1, 3, 5, 5, generator=generator) > 0.5).float()
+    one = torch.ones(1)
+    distances = [
+        identity_loss(
+            readouts[:, 0], readouts[:, k], reference_mask=regions[:, k : k + 1], mask=regions[:, :1], z_extent=one
+        )
+        for k in (1, 2)
+    ]
+    assert region_hinge(readouts, regions, 3.0) == pytest.approx(3.0 + distances[0] - distances[1], abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_DemoScene": (
         ["seed", "count", "figure_only"],
         ["sequence"],
-        ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "STRING", "READOUT", "TRACKS"],
+        ["IMAGE", "IMAGE", "IMAGE", "IMAGE", "STRING", "READOUT", "TRACKS", "MASK"],
     ),
     "RG_TrainReadoutHead": (
         [

@@ -412,7 +412,7 @@ def test_saved_heads_of_one_name_are_numbered_or_replaced(small, home):
         ({"kind": "correspondence", "targets": torch.zeros(6, 9, 2, 2)}, "for 3 examples of a correspondence head"),
         ({"kind": "correspondence", "latents": 5, "targets": torch.zeros(2, 9, 2, 2)}, "5 pictures can't be divided by 2"),
         ({"kind": "appearance", "latents": 5, "targets": None}, "triplets .* 5 pictures can't be divided by 3"),
-        ({"kind": "appearance"}, "appearance head takes no targets"),
+        ({"kind": "appearance", "targets": 5}, "there are 5 masks for 6 pictures"),
         ({"batch_size": 3, "accumulate": 2}, "a batch of 3 can't be divided into 2"),
     ],
 )  # fmt: skip
