@@ -147,7 +147,8 @@ class Target:
     @property
     def drag_frames(self) -> int:
         """The frames of the chain's drags: the most that any of its targets asks for."""
-        return max(self.frames, 1 if self.previous is None else self.previous.drag_frames)
+        own = self.frames if self.weight > 0 else 1
+        return max(own, 1 if self.previous is None else self.previous.drag_frames)
 
     def at_frame(self, number: int) -> Target:
         """The chain with its drags taken so far as frame ``number`` (1 .. drag_frames) of them goes."""
@@ -163,7 +164,13 @@ class Target:
         mask = getattr(self, which)
         if mask is None:
             return None
-        return fit(mask.clone().to(device, torch.float32)[:, None].clamp(0, 1), size).expand(batch, -1, -1, -1)
+        region = fit(mask.clone().to(device, torch.float32)[:, None].clamp(0, 1), size)
+        if mask.max() > 0 and not region.max() > 0:
+            raise TargetError(
+                f"{which} of the target with head {self.head.name!r} is white only where it is cropped away, since the "
+                f"picture that is made has the aspect {size[1]}:{size[0]}: paint it nearer to the centre"
+            )
+        return region.expand(batch, -1, -1, -1)
 
 
 def _part_of(drag: Drag, share: float) -> Drag:

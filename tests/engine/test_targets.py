@@ -244,3 +244,19 @@ def test_drags_are_drawn_where_they_are_and_nowhere_else():
     blue, red = drawn[0, 32, 24], drawn[0, 32, 69]
     assert blue[2] > blue[0]  # a ring at the start
     assert red[0] > red[2]  # a head at the end
+
+
+def test_a_mask_that_is_cropped_away_is_refused_instead_of_guiding_nowhere(make_head):
+    left = torch.zeros(1, 8, 16)
+    left[:, :, :3] = 1
+    given = {"reference_latent": torch.zeros(1, 4, 8, 8), "reference_mask": left}
+    target = Target(head=make_head("appearance"), **given)
+    assert target.region((8, 16), 1, CPU, "reference_mask").max() == 1
+    with pytest.raises(TargetError, match="reference_mask .* cropped away, since .* aspect 8:8"):
+        target.region((8, 8), 1, CPU, "reference_mask")
+
+
+def test_frames_of_a_target_without_weight_do_not_count(make_head):
+    head = make_head("correspondence")
+    first = Target(head=head, drags=DRAGS, frames=5, weight=0.0)
+    assert Target(head=head, drags=DRAGS, frames=2, previous=first).drag_frames == 2
