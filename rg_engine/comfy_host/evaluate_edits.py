@@ -28,6 +28,7 @@ APPEARANCE_WEIGHT, END_PERCENT = 0.002, 0.6
 INVERSION_STEPS = 50
 FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
 STEPS = 30
+SEEN_BESIDE = 0.12  # of the picture
 #: How the identity workflow is set.
 IDENTITY_END, IDENTITY_STRENGTH, IDENTITY_WEIGHT = 0.7, 1.5, 1.0
 SAME = 0.12  # colours nearer than this are one
@@ -52,16 +53,24 @@ def drag_tasks(joints: Tensor, move: str, rng: np.random.Generator) -> DragTask 
             return None
         shift = np.array([choices[int(rng.integers(len(choices)))], 0.0])
         return _task({k: places[k] + shift for k in numbers}, places)
-    side = str(rng.choice(["right", "left"]))
+    side = max(("right", "left"), key=lambda side: _beside_body(places[JOINTS.index(f"{side} wrist")], places))
     shoulder, elbow, wrist = (JOINTS.index(f"{side} {name}") for name in ("shoulder", "elbow", "wrist"))
     for angle in rng.permutation([-1.2, -0.9, 0.9, 1.2]):
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         goals = {k: places[shoulder] + turn @ (places[k] - places[shoulder]) for k in (elbow, wrist)}
+        seen = all(_beside_body(point, places) > SEEN_BESIDE for point in (places[wrist], goals[wrist]))
         inside = all(0.04 < v < 0.96 for goal in goals.values() for v in goal)
-        if inside and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
+        if seen and inside and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
             middles = [(group[elbow] + group[wrist]) / 2 for group in (places, goals)]
             return _task(goals, places, Drag(_inside(middles[0]), _inside(middles[1])))
     return None
+
+
+def _beside_body(point: np.ndarray, places: np.ndarray) -> float:
+    """How far a point is from the line from head to hips: an arm before the body can't be seen, nor dragged."""
+    head, hips = places[0], (places[8] + places[11]) / 2
+    along = np.clip(np.dot(point - head, hips - head) / max(float(np.dot(hips - head, hips - head)), 1e-6), 0, 1)
+    return float(np.linalg.norm(point - head - along * (hips - head)))
 
 
 def drags_table(world: World) -> list[dict[str, Any]]:
