@@ -173,7 +173,10 @@ export class DragEditor {
       keydown: (event) => this.keyDown(event),
       keyup: (event) => event.key in KEY_STEPS && this.finishKeys(),
     });
-    const pressedOutside = (event) => !this.element.contains(event.target) && this.pad.blur();
+    const pressedOutside = ({ target }) => {
+      if (!this.stage.contains(target)) this.cancel(); // another finger beside the picture: a pinch of the graph
+      if (!this.element.contains(target)) this.pad.blur();
+    };
     on(this.pad, {
       focus: () => {
         document.addEventListener("pointerdown", pressedOutside, true);

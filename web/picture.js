@@ -3,24 +3,28 @@
  * otherwise what came in at the node's last run. Pictures are only ever named here, so none gets into a workflow.
  */
 
-const FROM_OUTSIDE = -10; // the origin of links that come into a subgraph
+import { comesFromOutside, hostOf, linkOf } from "./subgraph.js";
+
 const MOST_HOPS = 100;
 
-/** {source, missing}: what /view takes, or null; and what to say where there is no picture. */
-export function pictureOf(node, nodeOutputs) {
+/**
+ * {source, missing}: what /view takes, or null; and what to say where there is no picture. `host` is the subgraph's node
+ * that shows the node's widget, if one does.
+ */
+export function pictureOf(node, nodeOutputs, host = null) {
   const link = node.inputs?.find((input) => input.name === "image")?.link;
   if (link == null) return { source: null, missing: "Connect a picture, or draw on the empty ground" };
-  const source = fileOf(originOf(node.graph, link)) ?? lastRun(node, nodeOutputs);
+  const source = fileOf(originOf(node.graph, link, host)) ?? lastRun(node, nodeOutputs);
   return { source, missing: "The connected picture shows here after a run" };
 }
 
 /** The node that a link's value comes from, through reroutes and into or out of subgraphs. */
-function originOf(graph, linkId) {
+function originOf(graph, linkId, host) {
   for (let hop = 0; hop < MOST_HOPS && graph && linkId != null; hop++) {
-    const link = graph.getLink?.(linkId) ?? graph.links?.get?.(linkId) ?? graph.links?.[linkId];
+    const link = linkOf(graph, linkId);
     if (!link) return null;
-    if (Number(link.origin_id) === FROM_OUTSIDE) {
-      const outer = nodeShowing(graph);
+    if (comesFromOutside(link)) {
+      const outer = hostOf(graph, host);
       linkId = outer?.inputs[link.origin_slot]?.link;
       graph = outer?.graph;
       continue;
@@ -36,13 +40,6 @@ function originOf(graph, linkId) {
     }
   }
   return null;
-}
-
-/** The node that stands for a subgraph; the first one where there are several. */
-function nodeShowing(subgraph) {
-  const root = subgraph.rootGraph;
-  const graphs = [root, ...(root?.subgraphs?.values() ?? [])];
-  return graphs.flatMap((graph) => graph?.nodes ?? []).find((node) => node.subgraph === subgraph);
 }
 
 /** The file that a loader of uploaded pictures names: "name.png", "folder/name.png" or "name.png [output]". */

@@ -21,7 +21,7 @@ const CSS = `
 .rg-drag-bar button:focus-visible { outline: 2px solid #409cff; }
 .rg-drag-bar button[aria-disabled="true"] { opacity: 0.35; cursor: default; background: transparent; }
 .rg-drag-bar svg { width: 16px; height: 16px; fill: none; stroke: currentColor; stroke-width: 1.5; stroke-linecap: round; stroke-linejoin: round; }
-.rg-drag-status { flex: 1; min-width: 0; overflow: hidden; white-space: nowrap; text-overflow: ellipsis; text-align: right;
+.rg-drag-status { flex: 1; min-width: 0; max-height: 26px; overflow: hidden; line-height: 13px; text-wrap: balance; text-align: right;
   color: var(--descrip-text, #999); font-variant-numeric: tabular-nums; }
 .rg-drag-linked .rg-drag-stage { opacity: 0.5; cursor: default; }
 `;

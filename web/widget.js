@@ -5,6 +5,7 @@ import { api } from "../../scripts/api.js";
 import { DragEditor } from "./canvas.js";
 import { pictureOf } from "./picture.js";
 import { EMPTY, History } from "./state.js";
+import { comesOverLink, nodeShowing, showPromoted } from "./subgraph.js";
 
 const NODE = "RG_DragPoints";
 const WIDGET = "RG_DRAG_POINTS";
@@ -34,6 +35,10 @@ app.registerExtension({
     };
   },
 
+  nodeCreated(node) {
+    if (node.subgraph) showPromoted(node, WIDGET, (...promoted) => addPromoted(node, ...promoted));
+  },
+
   setup() {
     api.addEventListener("graphChanged", refreshAll); // another file chosen, a link made, undone
     const drawn = app.canvas.onDrawForeground;
@@ -54,8 +59,20 @@ function refreshAll() {
 }
 
 function addEditor(node, name, text) {
+  const { entry, widget } = addWidget(node, name, text, {});
+  chain(node, "onAdded", () => editors.add(entry));
+  chain(node, "onRemoved", () => editors.delete(entry));
+  return widget;
+}
+
+/** An editor of its own on a subgraph's node, for the points of a node inside: `stored` holds their text. */
+function addPromoted(host, name, stored, source) {
+  return addWidget(host, name, textOf(stored.value), { inner: source.node, stored }).widget;
+}
+
+function addWidget(node, name, text, { inner = node, stored = null }) {
   const editor = new DragEditor(text, {
-    history: (text) => historyOf(node, text),
+    history: (text) => historyOf(node, name, text),
     changed: () => {
       widget.value = editor.text;
       capture();
@@ -64,28 +81,38 @@ function addEditor(node, name, text) {
       widget.value = editor.text;
       step(direction);
     },
-    focused: () => app.canvas.selectNode(node),
+    focused: () => app.canvas.selectNode(nodeShowing(node, app.canvas.graph)),
     wheel: (event) => app.canvas.processMouseWheel(event),
     pan: (event) => forwardToCanvas(event),
     locked: () => app.canvas.read_only,
   });
   const widget = node.addDOMWidget(name, WIDGET, editor.element, {
-    getValue: () => editor.text,
-    setValue: (value) => editor.load(typeof value === "string" ? value : EMPTY),
+    getValue: () => (stored ? textOf(stored.value) : editor.text),
+    setValue: (value) => {
+      editor.load(textOf(value));
+      if (stored) stored.value = editor.text;
+    },
     getMinHeight: () => MIN_SIZE.height,
     hideOnZoom: false,
     serialize: true,
   });
-  const entry = { editor, refresh: () => refresh(node, name, editor) };
+  const follow = () => {
+    if (stored) editor.load(textOf(stored.value));
+    refresh(node, name, editor, inner);
+  };
+  const entry = { editor, refresh: follow };
+  const later = () => requestAnimationFrame(() => editors.has(entry) && follow());
   editors.add(entry);
-  const later = () => requestAnimationFrame(entry.refresh);
   chain(node, "onConfigure", later);
   chain(node, "onConnectionsChange", later);
-  chain(node, "onExecuted", later);
-  chain(node, "onAdded", () => editors.add(entry));
-  chain(node, "onRemoved", () => editors.delete(entry));
+  chain(inner, "onExecuted", later);
+  chain(widget, "onRemove", () => editors.delete(entry));
   later();
-  return widget;
+  return { entry, widget };
+}
+
+function textOf(value) {
+  return typeof value === "string" ? value : EMPTY;
 }
 
 function chain(node, method, then) {
@@ -97,11 +124,11 @@ function chain(node, method, then) {
   };
 }
 
-function refresh(node, name, editor) {
-  if (!node.graph) return;
+function refresh(node, name, editor, inner) {
+  if (!node.graph || !inner.graph) return;
   takeOver(node, editor.element);
-  const linked = node.inputs?.find((input) => input.widget?.name === name)?.link != null;
-  const { source, missing } = pictureOf(node, app.nodeOutputs);
+  const linked = comesOverLink(node, name, editor.element);
+  const { source, missing } = pictureOf(inner, app.nodeOutputs, node);
   const { filename, subfolder = "", type = "input" } = source ?? {};
   const url = source && api.apiURL(`/view?${new URLSearchParams({ filename, subfolder, type })}`);
   editor.show(url, missing, linked);
@@ -119,9 +146,9 @@ function forwardToCanvas(event) {
   app.canvas[handlers[event.type]](event);
 }
 
-function historyOf(node, text) {
+function historyOf(node, name, text) {
   if (!node.graph) return new History(text); // the node is being made
-  const key = `${node.graph?.rootGraph?.id} ${node.graph?.id} ${node.id}`;
+  const key = `${node.graph?.rootGraph?.id} ${node.graph?.id} ${node.id} ${name}`;
   if (!histories.has(key)) histories.set(key, new History(text));
   const history = histories.get(key);
   history.follow(text);

@@ -16,12 +16,10 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from drag_editor import Editor
+from drag_editor import PAGES, Editor
 
 #: A folder with older versions of comfyui-frontend-package, as `nox -s tests` installs them: oldest/ and older/.
 OLDER_PAGES = "READOUT_GUIDANCE_OLDER_PAGES"
-#: Vue nodes show an extension's editor from 1.32 on, and lay it out without mistakes from about 1.38 on.
-PAGES = [("newest", "canvas"), ("newest", "vue"), ("older", "vue"), ("oldest", "canvas")]
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,8 @@ from comfyui_server import Server
 from PIL import Image
 
 PATIENCE_MS = 20_000
+#: Vue nodes show an extension's editor from 1.32 on, and lay it out without mistakes from about 1.38 on.
+PAGES = [("newest", "canvas"), ("newest", "vue"), ("older", "vue"), ("oldest", "canvas")]
 #: ComfyUI's own undo history, of the open tab.
 HISTORY = "app.extensionManager.workflow.activeWorkflow.changeTracker"
 GRAPH: dict[str, Any] = {
@@ -54,13 +56,20 @@ def graph(points: str = text(), picture: str = "wide.png") -> dict[str, Any]:
     return made
 
 
+def drags(points: str) -> list[tuple[float, ...]]:
+    """(x0, y0, x1, y1) of each arrow of a text, to a hundredth of the picture."""
+    return [tuple(round(v, 2) for v in (*drag["from"], *drag["to"])) for drag in json.loads(points)["drags"]]
+
+
 class Editor:
     def __init__(self, server: Server, page: Any, renderer: str) -> None:
         self.server, self.page, self.renderer = server, page, renderer
+        self.node = 2
         self.errors: list[str] = []
         self.left = False
         page.set_default_timeout(PATIENCE_MS)
-        page.on("pageerror", lambda error: self.errors.append(str(error)))
+        page.on("pageerror", lambda error: self.errors.append(error.stack or str(error)))
+        page.on("console", lambda said: said.type == "error" and self.errors.append(said.text))
 
     # The page
 
@@ -70,9 +79,15 @@ class Editor:
         self.until("app.extensionManager.workflow?.activeWorkflow?.changeTracker && app.graph.nodes.length >= 0")
 
     def load(
-        self, points: str = text(), picture: str = "wide.png", workflow: dict[str, Any] | None = None, look: bool = True
+        self,
+        points: str = text(),
+        picture: str = "wide.png",
+        workflow: dict[str, Any] | None = None,
+        look: bool = True,
+        node: int = 2,
     ) -> None:
-        """Open a workflow in the page, its editor in view at 100%, and wait for its picture."""
+        """Open a workflow in the page, the editor of a node in view at 100%, and wait for its picture."""
+        self.node = node
         opened = workflow or graph(points, picture)
         # As saved by this renderer: some versions lay a workflow of the other one out anew, and go on doing so.
         opened["extra"] = {"workflowRendererVersion": {"vue": "Vue", "canvas": "LG"}[self.renderer]}
@@ -99,15 +114,15 @@ class Editor:
             }}"""
         )
 
-    def look(self, zoom: float = 1.0, node: int = 2) -> None:
-        """Bring a node into view."""
+    def look(self, zoom: float = 1.0, node: int | None = None) -> None:
+        """Bring a node into view: the editor's own if no other is named."""
         self.page.evaluate(
             """([zoom, id]) => {
                 const { ds } = app.canvas, [x, y] = app.canvas.graph.getNodeById(id).pos;
                 ds.scale = zoom; ds.offset[0] = 350 / zoom - x; ds.offset[1] = 150 / zoom - y;
                 app.canvas.setDirty(true, true);
             }""",
-            [zoom, node],
+            [zoom, node or self.node],
         )
         self.page.wait_for_selector(".rg-drag-stage", state="visible")
         self.still()
@@ -140,17 +155,28 @@ class Editor:
     @property
     def points(self) -> str:
         """The widget's value."""
-        return self.page.evaluate("app.canvas.graph.getNodeById(2).widgets.find(w => w.name === 'points').value")
+        widget = f"app.canvas.graph.getNodeById({self.node}).widgets.find(w => w.name === 'points')"
+        return self.page.evaluate(f"{widget}.value")
 
     @property
     def drags(self) -> list[tuple[float, ...]]:
         """(x0, y0, x1, y1) of each arrow, to a hundredth of the picture."""
-        found = json.loads(self.points)["drags"]
-        return [tuple(round(v, 2) for v in (*drag["from"], *drag["to"])) for drag in found]
+        return drags(self.points)
+
+    @property
+    def drags_to_run(self) -> list[list[tuple[float, ...]]]:
+        """The arrows of every Drag Points node as the page would send them to the server now."""
+        prompt = json.loads(self.page.evaluate("app.graphToPrompt().then(({ output }) => JSON.stringify(output))"))
+        return [drags(node["inputs"]["points"]) for node in prompt.values() if node["class_type"] == "RG_DragPoints"]
+
+    @property
+    def runs(self) -> dict[str, dict[str, Any]]:
+        """The finished runs by their ids, the oldest first."""
+        return self.server.json("/history")
 
     @property
     def said(self) -> str:
-        return self.page.get_by_role("status").filter(visible=True).first.inner_text()
+        return self.page.locator(".rg-drag [role=status]").filter(visible=True).first.inner_text()
 
     @property
     def steps(self) -> int:
@@ -171,7 +197,7 @@ class Editor:
 
     def place(self, x: float, y: float) -> tuple[float, float]:
         """Where a point of the picture is on the screen."""
-        box = self.page.locator(".rg-drag-stage img").first.bounding_box()
+        box = self.page.locator(".rg-drag-stage img").filter(visible=True).first.bounding_box()
         return box["x"] + x * box["width"], box["y"] + y * box["height"]
 
     # Hands
@@ -191,13 +217,38 @@ class Editor:
         mouse.move(*self.place(x1, y1))
         mouse.up()
 
-    def touch(self, *path: tuple[float, float]) -> None:
-        """One finger along points of the picture."""
-        session = self.page.context.new_cdp_session(self.page)
-        for kind, at in [("touchStart", path[0]), *(("touchMove", at) for at in path[1:]), ("touchEnd", None)]:
-            x, y = self.place(*at) if at else (0.0, 0.0)
-            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": [{"x": x, "y": y}] if at else []})
+    def touch(self, *path: tuple[float, float], cancelled: bool = False) -> None:
+        """One finger along points of the picture; ``cancelled``: at the end the system takes the touch away."""
+        self.fingers(*([self.place(*at)] for at in path), [], cancelled=cancelled)
+
+    def fingers(self, *moments: list[tuple[float, float]], cancelled: bool = False) -> None:
+        """Where on the screen fingers are, moment by moment."""
+        session, before = self.page.context.new_cdp_session(self.page), 0
+        for at in moments:
+            kind = "touchStart" if len(at) > before else "touchMove" if len(at) == before else "touchEnd"
+            points = [{"id": i, "x": x, "y": y} for i, (x, y) in enumerate(at)]
+            kind = "touchCancel" if cancelled and not at else kind
+            session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+            before = len(at)
         session.detach()
+
+    def pen(self, *path: tuple[float, float]) -> None:
+        """A pen that presses harder along points of the picture."""
+        session = self.page.context.new_cdp_session(self.page)
+        kinds = ["mousePressed"] + ["mouseMoved"] * (len(path) - 1) + ["mouseReleased"]
+        for i, (kind, at) in enumerate(zip(kinds, [*path, path[-1]], strict=True)):
+            x, y = self.place(*at)
+            held = {"button": "left", "buttons": 1, "clickCount": 1, "force": (i + 1) / len(kinds), "tiltX": 30}
+            session.send("Input.dispatchMouseEvent", {"type": kind, "x": x, "y": y, "pointerType": "pen", **held})
+        session.detach()
+
+    def run(self) -> dict[str, Any]:
+        """Run the workflow with ComfyUI's own key; what the server's history has of it when it is done."""
+        before = self.runs
+        self.press("Control+Enter")
+        new = self.server.wait(lambda: [run for key, run in self.runs.items() if key not in before], "the run's end")
+        assert new[0]["status"]["status_str"] == "success", new[0]["status"]["messages"]
+        return new[0]
 
     def graph_step(self, keys: str) -> None:
         """ComfyUI's own undo or redo, to its end: it loads the workflow anew."""
