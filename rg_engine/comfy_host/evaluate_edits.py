@@ -21,16 +21,17 @@ from .inversion import invert_latent
 
 DRAG_SEED = 6007
 #: What is dragged, and how far guidance goes for it (the sampler's strength).
-MOVES = {"figure": 3.0, "arm": 4.0}
+MOVES = {"figure": 3.0, "arm": 2.0}
 #: How the drag workflows are set: the appearance target's weight beside the correspondence target's 1, and until when they
 #: guide.
 APPEARANCE_WEIGHT, END_PERCENT = 0.002, 0.6
 INVERSION_STEPS = 50
+HELD = ("head", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")  # when an arm moves
 FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
 STEPS = 30
 SEEN_BESIDE = 0.12  # of the picture
 #: How the identity workflow is set.
-IDENTITY_END, IDENTITY_STRENGTH, IDENTITY_WEIGHT = 0.7, 1.5, 1.0
+IDENTITY_END, IDENTITY_STRENGTH, IDENTITY_WEIGHT = 1.0, 4.0, 0.1
 SAME = 0.12  # colours nearer than this are one
 
 
@@ -62,7 +63,9 @@ def drag_tasks(joints: Tensor, move: str, rng: np.random.Generator) -> DragTask 
         inside = all(0.04 < v < 0.96 for goal in goals.values() for v in goal)
         if seen and inside and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
             middles = [(group[elbow] + group[wrist]) / 2 for group in (places, goals)]
-            return _task(goals, places, Drag(_inside(middles[0]), _inside(middles[1])))
+            held = [JOINTS.index(name) for name in HELD if not name.startswith(f"{side} w")]
+            anchors = [Drag(_inside(places[k]), _inside(places[k])) for k in held]
+            return _task(goals, places, Drag(_inside(middles[0]), _inside(middles[1])), *anchors)
     return None
 
 
@@ -108,9 +111,8 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
         if task is None:
             continue
         region = _moved_region(task)
-        movable = region.float()[None] if move == "arm" else None
         settings = GuidanceSettings(strength=MOVES[move])
-        after = sample(world, drag_target(task.drags, movable), start, settings, **sampling)
+        after = sample(world, drag_target(task.drags), start, settings, **sampling)
         goals = torch.tensor([drag.end for drag in task.drags[: len(task.joints)]])
         kept = ~region
         other = sample(world, None, {"samples": torch.zeros(1, 4, 16, 16)}, **{**sampling, "seed": seed + 5000})
@@ -128,25 +130,24 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
     return {"drags": done, **{name: float(f"{np.mean(each):.3g}") for name, each in found.items()}}
 
 
-def drag_target(drags: tuple[Drag, ...], mask: Tensor | None = None) -> Target:
+def drag_target(drags: tuple[Drag, ...]) -> Target:
     """What the drag workflows chain: a correspondence and an appearance target."""
     look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
-    return Target(
-        head=demo_head("demo_correspondence"), end_percent=END_PERCENT, drags=drags, mask=mask, previous=look
-    )  # fmt: skip
+    return Target(head=demo_head("demo_correspondence"), end_percent=END_PERCENT, drags=drags, previous=look)
 
 
 def identity_table(world: World) -> list[dict[str, Any]]:
-    """A figure of a picture, in another pose before another wall: how far its colours are from the reference's.
+    """A figure of a picture, in another pose elsewhere: how far its colours are from the reference's.
 
-    All pictures follow the pose; the guided ones the reference's figure as well. The prompt does not name colours.
+    All pictures follow the pose; the guided ones the reference's figure as well. The prompt is empty, so that nothing else
+    says who it is.
     """
     scenes = sample_scenes(DRAG_SEED + 1, world.pictures, figure_only=True)
     others = sample_scenes(DRAG_SEED + 2, world.pictures, figure_only=True)
     found: dict[str, list[float]] = {"unguided": [], "guided": []}
     for number, (scene, other) in enumerate(zip(scenes, others, strict=True)):
         start = {"samples": torch.zeros(1, 4, 16, 16)}
-        sampling: dict[str, Any] = {"prompt": f"a figure, {other.wall} wall", "seed": 300 + number, "steps": STEPS}
+        sampling: dict[str, Any] = {"prompt": "", "cfg": 1.0, "seed": 300 + number, "steps": STEPS}
         settings = GuidanceSettings(strength=IDENTITY_STRENGTH)
         for name in found:
             target = identity_target(world, scene, other, IDENTITY_WEIGHT if name == "guided" else 0.0)
