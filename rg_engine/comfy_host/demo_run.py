@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -20,6 +21,7 @@ from .timing import time_guidance
 from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs
 
 CONTROLS = ("pose", "depth", "edges")
+EDITS = ("drag", "drag_object", "drag_photo", "identity")
 PROMPTS = ("a red figure, grey wall", "a blue figure, cream wall", "a green figure, pink wall", "a yellow figure, teal wall")
 SCENE_SEED = 2026
 BATCH = 8
@@ -28,7 +30,8 @@ REFERENCE_ITERATIONS = 3
 
 
 def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None = None) -> dict[str, Any]:
-    """Run each control's example workflow for ``pictures`` pictures; write demo.png, a picture a control, report.json."""
+    """Run each control's example workflow for ``pictures`` pictures, and the edits' once; write demo.png, a picture a
+    workflow, report.json."""
     import comfy.utils
     import folder_paths
 
@@ -76,6 +79,10 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
         )
     for control, sheet in zip(CONTROLS, sheets, strict=True):
         contact_sheet([sheet], 4).save(out / f"{control}.jpg", quality=92)
+    for edit in EDITS:
+        row = edit_row(executor, read_workflow(REPOSITORY / "example_workflows" / f"{edit}.json"))
+        Image.fromarray((row.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(out / f"{edit}.jpg", quality=92)
+        print(f"wrote {out / edit}.jpg", flush=True)
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     contact_sheet(sheets, 8).save(out / "demo.png")
     print(f"wrote {out / 'demo.png'} and {out / 'report.json'}")
@@ -108,13 +115,34 @@ def _make(
     return torch.cat(drawn), torch.cat(readouts)
 
 
+def edit_row(executor: Executor, prompt: Prompt) -> Tensor:
+    """What an edit's workflow starts from (the picture with its arrows, or the scenes), then what it saves, (H, W', 3)."""
+    prompt = copy.deepcopy(prompt)
+    starts = [key for key, node in prompt.items() if node["class_type"] == "RG_DragPoints"]
+    output = 1
+    if not starts:
+        starts, output = [key for key, node in prompt.items() if node["class_type"] == "RG_DemoScene"], 0
+    views = []
+    for key in starts:
+        view = {"class_type": "PreviewImage", "inputs": {"images": [key, output]}}
+        views.append(next((other for other, node in prompt.items() if node == view), f"start {key}"))
+        prompt[views[-1]] = view
+    shown = executor.run(prompt)
+    saved = [_saved(shown[view]) for view in views] + [_pictures(prompt, shown, "SaveImage")]
+    return torch.cat([picture for batch in saved for picture in batch], 1)
+
+
 def _pictures(prompt: Prompt, shown: dict[str, Any], class_type: str) -> Tensor:
-    """What a node of a class saved, (N, H, W, 3) in 0..1."""
+    """What the node of a class saved, (N, H, W, 3) in 0..1."""
+    (node_id,) = (key for key, node in prompt.items() if node["class_type"] == class_type)
+    return _saved(shown[node_id])
+
+
+def _saved(output: dict[str, Any]) -> Tensor:
     import folder_paths
 
-    (node_id,) = (key for key, node in prompt.items() if node["class_type"] == class_type)
     loaded = []
-    for saved in shown[node_id]["images"]:
+    for saved in output["images"]:
         path = Path(folder_paths.get_directory_by_type(saved["type"])) / saved["subfolder"] / saved["filename"]
         loaded.append(torch.from_numpy(np.asarray(Image.open(path).convert("RGB"), dtype=np.float32) / 255))
     return torch.stack(loaded)

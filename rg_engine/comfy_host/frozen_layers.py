@@ -24,14 +24,18 @@ _NORMS = (nn.GroupNorm, nn.LayerNorm)
 
 def frozen_forward(module: Any) -> Forward | None:
     """A forward for a layer that makes its weights anew each time it runs, None for any other module."""
-    return _frozen(module) if casts_weights(module) and module.weight is not None else None
+    if not casts_weights(module) or module.weight is None:
+        return None
+    return _frozen(module) if is_known(module) else _again(module)
 
 
 def light_forward(module: nn.Module) -> Forward | None:
     """A forward that keeps as little as possible, None if there is nothing to gain."""
     if isinstance(module, BasicTransformerBlock):
         return _run_again(module)
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and _is_known(module):
+    if "forward" in module.__dict__:  # another node's
+        return frozen_forward(module)
+    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and is_known(module):
         return _frozen(module)
     if isinstance(module, GEGLU) and not _watched(module.proj):
         return _gate(module)
@@ -117,8 +121,13 @@ def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
     return module.weight, module.bias
 
 
-def _is_known(module: Any) -> bool:
-    """Whether a layer is one of torch's or ComfyUI's own, whose backward is known here."""
+def is_known(module: Any) -> bool:
+    """Whether a layer is one of torch's or ComfyUI's own, as they made it, whose backward is known here."""
+    if {
+        "forward",
+        "_conv_forward",
+    } & module.__dict__.keys():  # another node's, as for LoRAs beside the weights or for tiling
+        return False
     if isinstance(module, _CONVOLUTIONS) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
         return False
     return type(module).__module__.partition(".")[0] in ("torch", "comfy")
@@ -133,6 +142,11 @@ def _frozen(module: nn.Module) -> Forward:
         return _FrozenLayer.apply(x, module, original)
 
     return forward
+
+
+def _again(layer: nn.Module) -> Forward:
+    original = layer.forward
+    return lambda x, *args, **kwargs: _RunAgain.apply(x, lambda inner: original(inner, *args, **kwargs))
 
 
 def _normed(layers: nn.Sequential) -> Forward:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .frozen_layers import casts_weights, frozen_forward, light_forward
+from .frozen_layers import casts_weights, frozen_forward, is_known, light_forward
 
 #: What is kept for backward. full: what autograd keeps, but no weights that were cast; light: about a third of it, at the
 #: cost of running transformer blocks twice.
@@ -46,11 +46,11 @@ class GradientScope:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
             for module in self._modules:
-                forward = forward_of(module)
+                forward, fetched = forward_of(module), casts_weights(module) and is_known(module)
                 if forward is not None:
                     self._kept.append((module.__dict__, "forward", module.__dict__.get("forward", MISSING)))
                     module.forward = forward  # type: ignore[method-assign]
-                if not casts_weights(module):
+                if not fetched:
                     self._alias(module._parameters, as_parameter=True)
                     self._alias(module._buffers, as_parameter=False)
         except BaseException:

@@ -79,7 +79,9 @@ def workflow(server: Server) -> Any:
     def read(name: str) -> dict[str, Any]:
         page = json.loads((REPOSITORY / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
         prompt = to_prompt(page, lambda node: nodes[node]["input"])
-        change(prompt, "RG_ReadoutGuidedKSampler", steps=4)
+        for class_type in ("RG_ReadoutGuidedKSampler", "RG_InvertLatent"):
+            if any(node["class_type"] == class_type for node in prompt.values()):
+                change(prompt, class_type, steps=4)
         return prompt
 
     return read
@@ -105,11 +107,19 @@ def change(prompt: dict[str, Any], class_type: str, **inputs: Any) -> str:
 
 def picture(server: Server, outputs: dict[str, Any], kind: str = "output") -> Image.Image:
     """The only picture that a run saved (``output``) or previewed (``temp``), as the page loads it."""
-    saved = [image for output in outputs.values() for image in output.get("images", []) if image["type"] == kind]
-    assert len(saved) == 1
-    status, content = server.request(f"/view?filename={saved[0]['filename']}&type={kind}")
-    assert status == 200
-    return Image.open(io.BytesIO(content)).convert("RGB")
+    (only,) = pictures(server, outputs, kind)
+    return only
+
+
+def pictures(server: Server, outputs: dict[str, Any], kind: str = "output") -> list[Image.Image]:
+    loaded = []
+    for output in outputs.values():
+        for image in output.get("images", []):
+            if image["type"] == kind:
+                status, content = server.request(f"/view?filename={image['filename']}&type={kind}")
+                assert status == 200
+                loaded.append(Image.open(io.BytesIO(content)).convert("RGB"))
+    return loaded
 
 
 def refusal(server: Server, prompt: dict[str, Any], node_id: str) -> str:
@@ -175,6 +185,16 @@ def test_an_example_workflow_of_the_demo_model_makes_pictures(server, workflow, 
     assert max(high - low for low, high in guided.getextrema()) > 0, "the picture is one flat colour"
     change(prompt, "RG_ReadoutGuidedKSampler", strength=0.0)
     assert guided.tobytes() != picture(server, server.run(prompt)).tobytes(), "guidance changed nothing"
+
+
+@pytest.mark.parametrize("name", ["drag", "drag_object", "drag_photo", "identity"])
+def test_an_example_workflow_of_an_edit_makes_pictures(server, workflow, name):
+    prompt = workflow(name)
+    guided = pictures(server, server.run(prompt))
+    assert [each.size for each in guided] == [(128, 128)] * (4 if name == "drag_object" else 1)  # dragged in four frames
+    change(prompt, "RG_ReadoutGuidedKSampler", strength=0.0)
+    plain = pictures(server, server.run(prompt))[0]
+    assert all(each.tobytes() != plain.tobytes() for each in guided), "guidance changed nothing"
 
 
 def test_the_training_workflow_trains_a_head_saves_it_and_steers_with_it(server, workflow):
