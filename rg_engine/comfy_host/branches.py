@@ -28,9 +28,7 @@ from .saved_tensors import in_place_allowed
 CONDITIONAL, UNCONDITIONAL = 0, 1
 _NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
 KEY = "readout_guidance_branch"
-KERNELS_WITH_BACKWARD = (
-    "attention_pytorch", "attention_sub_quad", "attention_split", "attention_basic", "attention_xformers",
-)  # fmt: skip
+KERNELS_WITH_BACKWARD = ("attention_pytorch", "attention_split", "attention_basic", "attention_xformers")
 
 
 class BranchReader:
@@ -194,6 +192,10 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
 
 
 def _attention_with_backward(chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
-    """The attention kernel in use if it has a backward, else PyTorch's (sage and some flash builds have none)."""
+    """The attention kernel in use if it has a backward, else PyTorch's.
+
+    Sage and some flash builds have none; the sub-quadratic one has none when memory is short, and keeps every pair of cells
+    when it isn't.
+    """
     kernel = chosen if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD else attention_pytorch
     return kernel(*args, **kwargs)

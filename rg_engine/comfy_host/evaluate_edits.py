@@ -30,6 +30,8 @@ HELD = ("head", "right wrist", "left wrist", "right hip", "left hip", "right ank
 FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
 STEPS = 30
 SEEN_BESIDE = 0.12  # of the picture
+#: How far the world's figures raise their arms: angles from hanging down, radians, to the right of the picture.
+UPPER_ARM = {"right": (-2.7, 0.3), "left": (-0.3, 2.7)}
 #: How the identity workflow is set.
 IDENTITY_END, IDENTITY_STRENGTH, IDENTITY_WEIGHT = 1.0, 4.0, 0.1
 SAME = 0.12  # colours nearer than this are one
@@ -60,8 +62,10 @@ def drag_tasks(joints: Tensor, move: str, rng: np.random.Generator) -> DragTask 
         turn = np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
         goals = {k: places[shoulder] + turn @ (places[k] - places[shoulder]) for k in (elbow, wrist)}
         seen = all(_beside_body(point, places) > SEEN_BESIDE for point in (places[wrist], goals[wrist]))
+        dx, dy = goals[elbow] - places[shoulder]
+        low, high = UPPER_ARM[side]
         inside = all(0.04 < v < 0.96 for goal in goals.values() for v in goal)
-        if seen and inside and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
+        if seen and inside and low < math.atan2(dx, dy) < high and np.linalg.norm(goals[wrist] - places[wrist]) > 0.1:
             middles = [(group[elbow] + group[wrist]) / 2 for group in (places, goals)]
             held = [JOINTS.index(name) for name in HELD if not name.startswith(f"{side} w")]
             anchors = [Drag(_inside(places[k]), _inside(places[k])) for k in held]
