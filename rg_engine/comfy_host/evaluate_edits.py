@@ -152,9 +152,9 @@ def identity_table(world: World) -> list[dict[str, Any]]:
     for number, (scene, other) in enumerate(zip(scenes, others, strict=True)):
         start = {"samples": torch.zeros(1, 4, 16, 16)}
         sampling: dict[str, Any] = {"prompt": "", "cfg": 1.0, "seed": 300 + number, "steps": STEPS}
-        settings = GuidanceSettings(strength=IDENTITY_STRENGTH)
         for name in found:
             target = identity_target(world, scene, other, IDENTITY_WEIGHT if name == "guided" else 0.0)
+            settings = GuidanceSettings(strength=IDENTITY_STRENGTH if name == "guided" else 1.0)
             made = sample(world, target, start, settings, **sampling)
             found[name].append(colour_distance(world, made, scene))
     rows = []

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..features import Backbone, check_head_fits, detect_backbone
 from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
-from ..guidance.schedule import DRAG_INTERVAL
+from ..guidance.schedule import DRAG_INTERVAL, LOOK_INTERVAL
 from ..heads import ReadoutHead
 from .gradient_scope import Graph
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
@@ -97,9 +97,9 @@ class ModelGuidance:
             target.check_batch(noise.shape[0])
         schedule = [float(s) for s in sigmas]
         ranges = [(target.start_percent, target.end_percent) for target in self.targets]
-        settings = self.settings
-        if any(target.drags for target in self.targets):
-            settings = dataclasses.replace(settings, interval=min(settings.interval, DRAG_INTERVAL))
+        longest = [DRAG_INTERVAL for target in self.targets if target.drags]
+        longest += [LOOK_INTERVAL for target in self.targets if target.needs_reference]
+        settings = dataclasses.replace(self.settings, interval=min(self.settings.interval, *longest, 1.0))
         plan = make_plan(ranges, schedule, settings, lambda p: float(model_sampling.percent_to_sigma(p)))
         if not plan.steps:
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)

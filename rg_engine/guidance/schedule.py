@@ -16,6 +16,8 @@ PATH_PER_TIME = 2.0
 FAST_INTERVAL = 0.1
 #: With drags, more often: what is dragged has to be found again after each move.
 DRAG_INTERVAL = 0.02
+#: With the look of a reference: it builds up over the whole time.
+LOOK_INTERVAL = 0.05
 #: Fast mode leaves out a step that stands for less of the diffusion time: one on the very end of its range.
 MIN_TIME = 1e-4
 
