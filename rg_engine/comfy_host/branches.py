@@ -29,6 +29,7 @@ CONDITIONAL, UNCONDITIONAL = 0, 1
 _NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
 KEY = "readout_guidance_branch"
 KERNELS_WITH_BACKWARD = ("attention_pytorch", "attention_split", "attention_basic", "attention_xformers")
+SMALL = 1024  # cells; for more the sub-quadratic kernel keeps too much
 
 
 class BranchReader:
@@ -191,11 +192,14 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
     return model.model_sampling.calculate_input(sigma.expand(x.shape[0]), ones)
 
 
-def _attention_with_backward(chosen: Any, *args: Any, **kwargs: Any) -> Tensor:
+def _attention_with_backward(chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The attention kernel in use if it has a backward, else PyTorch's.
 
     Sage and some flash builds have none; the sub-quadratic one has none when memory is short, and keeps every pair of cells
-    when it isn't.
+    when it isn't: it stays in use for small maps in fp32, where guided and plain pass then agree to the last bit.
     """
-    kernel = chosen if getattr(chosen, "__name__", "") in KERNELS_WITH_BACKWARD else attention_pytorch
-    return kernel(*args, **kwargs)
+    name = getattr(chosen, "__name__", "")
+    stays = name in KERNELS_WITH_BACKWARD or (
+        name == "attention_sub_quad" and q.shape[-2] <= SMALL and q.dtype == torch.float32
+    )
+    return (chosen if stays else attention_pytorch)(q, *args, **kwargs)

@@ -123,10 +123,7 @@ def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
 
 def is_known(module: Any) -> bool:
     """Whether a layer is one of torch's or ComfyUI's own, as they made it, whose backward is known here."""
-    if {
-        "forward",
-        "_conv_forward",
-    } & module.__dict__.keys():  # another node's, as for LoRAs beside the weights or for tiling
+    if {"forward", "_conv_forward"} & module.__dict__.keys():  # another node's: LoRAs beside the weights, tiling
         return False
     if isinstance(module, _CONVOLUTIONS) and (isinstance(module.padding, str) or module.padding_mode != "zeros"):
         return False
