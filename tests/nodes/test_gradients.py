@@ -30,12 +30,12 @@ def plain_autograd():
 def gradient(name, network, scope, dtype=torch.float32) -> torch.Tensor:
     """Of <output, direction> with respect to the latent, inside the scope."""
     generator = torch.Generator().manual_seed(0)
-    shapes = ((2, 4, 8, 8), (2, 8, MODELS[name][1]), (2, 4, 8, 8), (2, 2816))
+    shapes = ((1, 4, 8, 8), (1, 8, MODELS[name][1]), (1, 4, 8, 8), (1, 2816))
     with scope, torch.inference_mode(False):
         leaf, context, direction, pooled = (torch.randn(shape, generator=generator).to(dtype) for shape in shapes)
         leaf.requires_grad_()
         more = {"y": pooled} if name == "SDXL" else {}
-        out = network(leaf, torch.tensor([500.0, 500.0]), context=context, **more)
+        out = network(leaf, torch.tensor([500.0]), context=context, **more)
         return torch.autograd.grad(out, leaf, direction)[0].float()
 
 
@@ -118,10 +118,10 @@ def test_half_precision_weights_under_manual_cast(graph):
 @NETWORKS
 def test_half_precision_adds_no_error_of_its_own(name, graph, dtype):
     """How near a half-precision network comes to fp32 is up to its own rounding: plain autograd in that precision comes no
-    nearer (0.994 for the small SDXL in bf16, at least 0.9996 for the others)."""
+    nearer (0.983 for the small SDXL in bf16, 0.9995 and more for the others)."""
     found, wanted, possible = ours(name, graph, dtype=dtype), plain(name), plain(name, dtype=dtype)
     assert cosine(found, possible) >= 0.9999
-    assert cosine(found, wanted) >= (0.999 if (name, dtype) != ("SDXL", torch.bfloat16) else 0.99)
+    assert cosine(found, wanted) >= (0.98 if (name, dtype) == ("SDXL", torch.bfloat16) else 0.999)
 
 
 def watch(module) -> None:
@@ -157,13 +157,10 @@ def test_a_picture_that_tiles(weights, graph):
     """Other nodes let convolutions wrap around, by their padding's mode or by another ``_conv_forward``."""
 
     def wrap(network):
-        for i, layer in enumerate(
-            layer for layer in layers(network) if isinstance(layer, torch.nn.Conv2d) and any(layer.padding)
-        ):
-            if i % 2:
-                layer.padding_mode = "circular"
-                layer._reversed_padding_repeated_twice = [layer.padding[0]] * 4
-                continue
+        padded = [layer for layer in layers(network) if isinstance(layer, torch.nn.Conv2d) and any(layer.padding)]
+        for layer in padded[::2]:
+            layer.padding_mode, layer._reversed_padding_repeated_twice = "circular", [layer.padding[0]] * 4
+        for layer in padded[1::2]:
 
             def convolve(x, weight, bias, layer=layer):
                 x = torch.nn.functional.pad(x, [layer.padding[0]] * 4, mode="circular")
@@ -293,7 +290,10 @@ def in_precision(dtype):
 @GRAPHS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_a_readouts_gradient_is_that_of_plain_autograd_from_the_loss_to_the_latent(dtype, graph):
+    from comfy.ldm.modules.attention import attention_pytorch
+
     features = engine("features")
+    options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
     with plain_autograd():
         model = in_precision(dtype)
         network = model.model.diffusion_model.requires_grad_(False)
@@ -301,7 +301,7 @@ def test_a_readouts_gradient_is_that_of_plain_autograd_from_the_loss_to_the_late
         sigma, scale = torch.full((2,), SIGMA), (1 + SIGMA**2) ** -0.5
         leaf = x.requires_grad_()
         with features.FeatureTap(network, features.detect_backbone(network)) as tap:
-            model.model.apply_model(leaf, sigma, c_crossattn=context)
+            model.model.apply_model(leaf, sigma, c_crossattn=context, transformer_options=options)
             maps, emb = tap.take()
         branch = engine("guidance").Branch(features=maps, emb=emb, z=(leaf * scale).detach(), noise_level=sigma * scale)
         loss, _ = objective().loss(branch, (0,), None)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 from comfyui_host import engine
@@ -9,61 +12,85 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytestmark = pytest.mark.usefixtures("comfyui")
 
-COMMON = {
-    "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True,
-    "legacy": False, "use_checkpoint": False, "use_temporal_attention": False,
-}  # fmt: skip
-SD15 = {
-    **COMMON, "num_res_blocks": [2, 2, 2, 2], "channel_mult": [1, 2, 4, 4], "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
-    "transformer_depth_output": [1] * 9 + [0] * 3, "transformer_depth_middle": 1, "context_dim": 768,
-    "use_linear_in_transformer": False, "adm_in_channels": None,
-}  # fmt: skip
-SDXL = {
-    **COMMON, "num_res_blocks": [2, 2, 2], "channel_mult": [1, 2, 4], "transformer_depth": [0, 0, 2, 2, 10, 10],
-    "transformer_depth_output": [0, 0, 0, 2, 2, 2, 10, 10, 10], "transformer_depth_middle": 10, "context_dim": 2048,
-    "use_linear_in_transformer": True, "adm_in_channels": 2816, "num_classes": "sequential",
-}  # fmt: skip
+
+@contextlib.contextmanager
+def most_kept(network):
+    """Counts the bytes that are kept for backward at a time, weights apart; gives a list of the most."""
+    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+    counts: dict[int, int] = {}
+    now, most = [0], [0]
+
+    class Kept:
+        def __init__(self, tensor):
+            self.tensor, self.storage = tensor, tensor.untyped_storage()
+            self.count(1)
+            most[0] = max(most[0], now[0])
+
+        def __del__(self):
+            self.count(-1)
+
+        def count(self, change):
+            key = self.storage._cdata
+            before = counts.get(key, 0)
+            counts[key] = before + change
+            if key not in weights and 0 in (before, counts[key]):
+                now[0] += change * self.storage.nbytes()
+
+    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
+        yield most
 
 
-@pytest.mark.parametrize(("name", "config", "cells"), [("SD1.5", SD15, 64), ("SDXL", SDXL, 128)])
-def test_the_estimate_is_near_what_autograd_keeps(name, config, cells):
+@pytest.mark.parametrize("graph", ["full", "light"])
+@pytest.mark.parametrize("shape", ["sd15", "sdxl"])
+def test_the_estimate_is_near_what_is_kept(shape, graph):
     import comfy.supported_models
     from comfy.ldm.modules.attention import attention_pytorch
 
-    class Patcher:
-        def __init__(self, model):
-            self.model = model
-
-        def model_dtype(self):
-            return torch.float16
-
+    memory, features = engine("comfy_host.memory"), engine("features")
+    shape = engine("comfy_host.benchmark_models").SHAPES[shape]
+    xl = shape.config["adm_in_channels"] is not None
+    latent = [1, 4, shape.cells, shape.cells]
     with FakeTensorMode(), torch.inference_mode(False), torch.enable_grad():
-        kind = comfy.supported_models.SD15 if name == "SD1.5" else comfy.supported_models.SDXL
-        described = kind(config)
+        described = (comfy.supported_models.SDXL if xl else comfy.supported_models.SD15)(dict(shape.config))
         described.unet_config["dtype"] = torch.float16
         model = described.get_model({}, "")
         network = model.diffusion_model.requires_grad_(False)
-        weights = {p.untyped_storage()._cdata for p in network.parameters()}
-        kept = {}
-
-        def count(tensor):
-            storage = tensor.untyped_storage()
-            if storage._cdata not in weights:
-                kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor is held, so that its address stays its own
-            return tensor
-
-        x = torch.randn(1, 4, cells, cells, dtype=torch.float16, requires_grad=True)
-        context = torch.randn(1, 77, config["context_dim"], dtype=torch.float16)
-        pooled = {"y": torch.randn(1, 2816, dtype=torch.float16)} if name == "SDXL" else {}
+        backbone = features.detect_backbone(network)
+        x = torch.randn(latent, dtype=torch.float16, requires_grad=True)
+        context = torch.randn(1, 77, shape.config["context_dim"], dtype=torch.float16)
+        pooled = {"y": torch.randn(1, 2816, dtype=torch.float16)} if xl else {}
         options = {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+        scope = engine("comfy_host.gradient_scope").GradientScope(network, graph)
+        with scope, features.FeatureTap(network, backbone) as tap, most_kept(network) as most:
             network(x, torch.tensor([500.0]), context=context, transformer_options=options, **pooled)
-    backbone = engine("features").detect_backbone(network)
-    assert backbone.name == name
-    memory = engine("comfy_host.memory")
-    counted = sum(size for size, _ in kept.values())
-    estimated = memory.graph_bytes(Patcher(model), backbone, (1, 4, cells, cells)) / (1 + memory.BACKWARD_SHARE)
-    assert counted == pytest.approx(estimated, rel=0.05)
-    roomy = memory.with_room_for_graph(Patcher(model), backbone, [1, 4, cells, cells])
-    plain, asked = (model.memory_required([2 * b, 4, cells, cells]) for b in (1, roomy[0]))
-    assert asked >= plain + counted
+            maps, _ = tap.take()
+            torch.autograd.grad(maps, x, [torch.ones_like(map_) for map_ in maps])
+    patcher = SimpleNamespace(model=model, model_dtype=lambda: torch.float16)
+    estimated = memory.graph_bytes(patcher, backbone, latent, graph) / (1 + memory.BACKWARD_SHARE)
+    assert 0.95 * most[0] <= estimated <= 1.1 * most[0]
+    for branches in (1, 2):
+        roomy = memory.with_room_for_graph(patcher, backbone, latent, graph, branches)
+        plain, asked = (model.memory_required([2 * b, *latent[1:]]) for b in (1, roomy[0]))
+        assert asked >= plain + branches * most[0]
+
+
+@pytest.mark.parametrize("graph", ["full", "light"])
+@pytest.mark.parametrize(("mode", "branches"), [("fast", 1), ("reference", 2)])
+def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(small, mode, branches, graph):
+    from comfy.patcher_extension import WrappersMP
+
+    guided_model = engine("comfy_host.guided_model")
+    asked = []
+
+    def prepare(executor, model, noise_shape, *args, **kwargs):
+        asked.append(noise_shape)
+        return executor(model, noise_shape, *args, **kwargs)
+
+    settings = engine("guidance").GuidanceSettings(mode=mode)
+    guided = guided_model.guide(small.model, small.target(), settings, graph)
+    guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", prepare)
+    small.plain(model=guided, steps=3)
+    (asked_shape,) = asked
+    picture, all_pictures = (small.model.model.memory_required([2 * b, 4, 16, 16]) for b in (1, asked_shape[0]))
+    one = engine("comfy_host.memory").graph_bytes(small.model, guided_model.backbone_of(small.model), [1, 4, 16, 16], graph)
+    assert branches * one <= all_pictures - picture < branches * one + picture

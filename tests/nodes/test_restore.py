@@ -98,7 +98,30 @@ def run_out_of_memory(small, monkeypatch):
     monkeypatch.setattr(block, "forward", fail)
 
 
-STAGES = [break_tap, break_head, break_loss, break_backward, break_update, interrupt, run_out_of_memory]
+def run_out_of_memory_once(small, monkeypatch):
+    """In the first guided pass; the run goes on with the light graph."""
+    import comfy.model_management
+
+    block, failed = small.model.model.diffusion_model.output_blocks[4][0], []
+    original = block.forward
+
+    def fail(*args):
+        if torch.is_grad_enabled() and not failed:
+            failed.append(True)
+            raise comfy.model_management.OOM_EXCEPTION("out of memory")
+        return original(*args)
+
+    monkeypatch.setattr(block, "forward", fail)
+
+
+def break_light_backward(small, monkeypatch):
+    run_out_of_memory_once(small, monkeypatch)
+    break_backward(small, monkeypatch)
+
+
+STAGES = [
+    break_tap, break_head, break_loss, break_backward, break_update, interrupt, run_out_of_memory, break_light_backward,
+]  # fmt: skip
 RAISED = {interrupt: "InterruptProcessingException", run_out_of_memory: "OutOfMemoryError"}
 
 
@@ -124,6 +147,18 @@ def test_after_success(small, mode):
     plain = small.plain()
     before, before_modes = fingerprint(small.model), modes()
     small.sample(small.target(previous=small.target("appearance")), mode=mode)
+    assert fingerprint(small.model) == before
+    assert modes() == before_modes
+    assert torch.equal(small.plain(), plain)
+
+
+def test_after_going_on_with_the_light_graph(small):
+    plain = small.plain()
+    before, before_modes = fingerprint(small.model), modes()
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_out_of_memory_once(small, monkeypatch)
+        guided = small.sample(small.target())
+    assert not torch.equal(guided, plain)
     assert fingerprint(small.model) == before
     assert modes() == before_modes
     assert torch.equal(small.plain(), plain)
