@@ -7,6 +7,7 @@ a graph; the graph spans :meth:`BranchReader.apply_model` only.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -138,7 +139,7 @@ class BranchReader:
                 plain(c_concat),
                 plain(c_crossattn),
                 plain(control),
-                {**options, "optimized_attention_override": _attention_with_backward},
+                {**options, "optimized_attention_override": _KERNELS[scope.graph]},
                 **plain(kwargs),
             )
             features, emb = tap.take()
@@ -192,14 +193,20 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
     return model.model_sampling.calculate_input(sigma.expand(x.shape[0]), ones)
 
 
-def _attention_with_backward(chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+def _attention_with_backward(roomy: bool, chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """The attention kernel in use if it has a backward, else PyTorch's.
 
     Sage and some flash builds have none; the sub-quadratic one has none when memory is short, and keeps every pair of cells
-    when it isn't: it stays in use for small maps in fp32, where guided and plain pass then agree to the last bit.
+    when it isn't: with room it stays in use for small maps in fp32, where guided and plain pass then agree to the last bit.
     """
     name = getattr(chosen, "__name__", "")
     stays = name in KERNELS_WITH_BACKWARD or (
-        name == "attention_sub_quad" and q.shape[-2] <= SMALL and q.dtype == torch.float32
+        roomy and name == "attention_sub_quad" and q.shape[-2] <= SMALL and q.dtype == torch.float32
     )
     return (chosen if stays else attention_pytorch)(q, *args, **kwargs)
+
+
+_KERNELS = {
+    "full": functools.partial(_attention_with_backward, True),
+    "light": functools.partial(_attention_with_backward, False),
+}

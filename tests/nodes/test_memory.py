@@ -64,7 +64,8 @@ def test_the_estimate_is_near_what_is_kept(shape, graph):
         with scope, features.FeatureTap(network, backbone) as tap, most_kept(network) as most:
             network(x, torch.tensor([500.0]), context=context, transformer_options=options, **pooled)
             maps, _ = tap.take()
-            torch.autograd.grad(maps, x, [torch.ones_like(map_) for map_ in maps])
+            if graph == "light":  # what runs again in backward keeps something too, on top of what is still kept
+                torch.autograd.grad(maps, x, [torch.ones_like(map_) for map_ in maps])
     patcher = SimpleNamespace(model=model, model_dtype=lambda: torch.float16)
     estimated = memory.graph_bytes(patcher, backbone, latent, graph) / (1 + memory.BACKWARD_SHARE)
     assert 0.95 * most[0] <= estimated <= 1.1 * most[0]

@@ -1,0 +1,82 @@
+"""The benchmark measures what it says; many guided runs in one process leave nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+
+import pytest
+import torch
+from comfyui_host import engine
+
+pytestmark = pytest.mark.usefixtures("comfyui")
+
+
+@pytest.fixture
+def benchmark():
+    """The module; what it sets for the whole process is put back."""
+    import comfy.utils
+
+    level, bars = logging.getLogger().level, comfy.utils.PROGRESS_BAR_ENABLED
+    yield engine("comfy_host.benchmark")
+    logging.getLogger().setLevel(level)
+    comfy.utils.set_progress_bar_enabled(bars)
+
+
+def test_a_row_for_each_way_on_screen_and_in_the_file(benchmark, tmp_path, capsys):
+    ways = ["plain", "fast", "fast, light graph", "ControlNet"]
+    report = benchmark.run_benchmark(tmp_path / "new folder", ["demo"], 1, "bfloat16", ways, pictures=[2])
+    assert report["device"] == "cpu"
+    assert report["dtype"] == "torch.bfloat16"
+    rows = report["demo"]["ways"]
+    assert list(rows) == ways
+    assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
+    assert rows["plain"]["ratio"] == 1
+    kept = {way: row["bytes kept"] for way, row in rows.items()}
+    assert kept["plain"] == kept["ControlNet"] == 0
+    assert 0 < kept["fast, light graph"] < kept["fast"]
+    assert list(report["demo"]["pictures"]) == [2]
+    assert json.loads((tmp_path / "new folder" / "benchmark.json").read_text()) == json.loads(json.dumps(report))
+    printed = capsys.readouterr().out
+    assert all(f"\n{way} " in printed for way in ways)
+
+
+def state(model) -> list:
+    """What a ModelPatcher, its model and every module of its network hold, by name, and what is hooked to them."""
+    found = [sorted(model.__dict__), sorted(model.model.__dict__), repr(model.wrappers), sorted(model.model_options)]
+    for name, module in model.model.named_modules():
+        hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks
+        parameters = [id(p) for p in module._parameters.values()]
+        found.append((name, sorted(module.__dict__), [len(each) for each in hooks], parameters))
+    return found
+
+
+def count_tensors() -> int:
+    gc.collect()
+    return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
+
+
+def test_twenty_guided_runs_leave_nothing_behind(benchmark, monkeypatch):
+    import comfy.model_management
+
+    models = engine("comfy_host.benchmark_models")
+    monkeypatch.setattr(benchmark, "STEPS", 3)
+    shape = models.SHAPES["demo"]
+    model = models.random_model(shape, torch.float32)
+    heads = models.random_heads(model, shape, 1)
+    conds = [models.random_conds(model, shape, seed) for seed in (1, 2)]
+
+    def run(way):
+        benchmark.step_seconds(model, way, heads, conds, models.zero_latent(shape, 1))
+
+    run(benchmark.Way())  # a plain one, which loads the model
+    before, tensors, loaded = state(model), [], []
+    for number in range(20):
+        run(benchmark.Way(heads=1, graph=("full", "light")[number % 2]))
+        if number in (10, 13, 16, 19):
+            tensors.append(count_tensors())
+            loaded.append(len(comfy.model_management.current_loaded_models))
+    assert state(model) == before
+    assert tensors == [tensors[0]] * 4
+    assert loaded == [loaded[0]] * 4
