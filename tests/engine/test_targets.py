@@ -252,7 +252,7 @@ def test_a_mask_that_is_cropped_away_is_refused_instead_of_guiding_nowhere(make_
     given = {"reference_latent": torch.zeros(1, 4, 8, 8), "reference_mask": left}
     target = Target(head=make_head("appearance"), **given)
     assert target.region((8, 16), 1, CPU, "reference_mask").max() == 1
-    with pytest.raises(TargetError, match="reference_mask .* cropped away, since .* aspect 8:8"):
+    with pytest.raises(TargetError, match=r"reference_mask .* cropped away, since .* aspect 8:8"):
         target.region((8, 8), 1, CPU, "reference_mask")
 
 
