@@ -17,6 +17,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo_out"))
     demo.add_argument("--pictures", type=int, default=8, help="pictures for each head")
     demo.add_argument("--modes", nargs="+", default=["fast"], choices=["fast", "reference"])
+    demo.add_argument("--edits", nargs="*", default=["drag"], choices=["drag", "drag_object", "drag_photo", "identity"])
     demo.add_argument("--strength", type=float, default=None, help="instead of the workflows' own")
     demo.add_argument("--device", default="auto", choices=["auto", "cpu"])
 
@@ -97,7 +98,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "demo":
             from .comfy_host.demo_run import run_demo
 
-            run_demo(options.out, options.pictures, options.modes, options.strength)
+            run_demo(options.out, options.pictures, options.modes, options.strength, options.edits)
         else:
             from .comfy_host.demo_training import train_demo
 

@@ -197,7 +197,8 @@ def count_kept_bytes(model: Any) -> Iterator[list[int]]:
 
     class Kept:
         def __init__(self, tensor: Tensor) -> None:
-            self.tensor, self.place = tensor, tensor.untyped_storage().data_ptr()
+            # Detached: an operation's own output would keep its graph alive, which would keep this, which would keep it.
+            self.tensor, self.place = tensor.detach(), tensor.untyped_storage().data_ptr()
             counts[self.place] = counts.get(self.place, 0) + 1
             if counts[self.place] == 1 and self.place not in weights:
                 now[0] += tensor.untyped_storage().nbytes()

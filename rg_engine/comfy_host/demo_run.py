@@ -21,7 +21,6 @@ from .timing import time_guidance
 from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs
 
 CONTROLS = ("pose", "depth", "edges")
-EDITS = ("drag", "drag_object", "drag_photo", "identity")
 PROMPTS = ("a red figure, grey wall", "a blue figure, cream wall", "a green figure, pink wall", "a yellow figure, teal wall")
 SCENE_SEED = 2026
 BATCH = 8
@@ -29,9 +28,11 @@ BATCH = 8
 REFERENCE_ITERATIONS = 3
 
 
-def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None = None) -> dict[str, Any]:
-    """Run each control's example workflow for ``pictures`` pictures, and the edits' once; write demo.png, a picture a
-    workflow, report.json."""
+def run_demo(
+    out: Path, pictures: int, modes: list[str], strength: float | None = None, edits: list[str] | None = None
+) -> dict[str, Any]:
+    """Run each control's example workflow for ``pictures`` pictures, and those of ``edits`` once; write demo.png, a picture
+    a workflow, report.json."""
     import comfy.utils
     import folder_paths
 
@@ -79,7 +80,7 @@ def run_demo(out: Path, pictures: int, modes: list[str], strength: float | None 
         )
     for control, sheet in zip(CONTROLS, sheets, strict=True):
         contact_sheet([sheet], 4).save(out / f"{control}.jpg", quality=92)
-    for edit in EDITS:
+    for edit in edits or []:
         row = edit_row(executor, read_workflow(REPOSITORY / "example_workflows" / f"{edit}.json"))
         Image.fromarray((row.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(out / f"{edit}.jpg", quality=92)
         print(f"wrote {out / edit}.jpg", flush=True)

@@ -57,9 +57,9 @@ def count_tensors() -> int:
     return sum(issubclass(type(each), torch.Tensor) for each in gc.get_objects())
 
 
-def test_twenty_guided_runs_leave_nothing_behind(benchmark, monkeypatch):
-    import comfy.model_management
-
+@pytest.fixture
+def runs(benchmark, monkeypatch):
+    """A small model, and a function that samples a model three steps in some way of the benchmark's."""
     models = engine("comfy_host.benchmark_models")
     monkeypatch.setattr(benchmark, "STEPS", 3)
     shape = models.SHAPES["demo"]
@@ -67,16 +67,36 @@ def test_twenty_guided_runs_leave_nothing_behind(benchmark, monkeypatch):
     heads = models.random_heads(model, shape, 1)
     conds = [models.random_conds(model, shape, seed) for seed in (1, 2)]
 
-    def run(way):
-        benchmark.step_seconds(model, way, heads, conds, models.zero_latent(shape, 1))
+    def run(model, **way):
+        benchmark.step_seconds(model, benchmark.Way(**way), heads, conds, models.zero_latent(shape, 1))
 
-    run(benchmark.Way())  # a plain one, which loads the model
+    run(model)  # loads it
+    return model, run
+
+
+def test_twenty_guided_runs_leave_nothing_behind(runs):
+    import comfy.model_management
+
+    model, run = runs
     before, tensors, loaded = state(model), [], []
     for number in range(20):
-        run(benchmark.Way(heads=1, graph=("full", "light")[number % 2]))
+        run(model, heads=1, graph=("full", "light")[number % 2])
         if number in (10, 13, 16, 19):
             tensors.append(count_tensors())
             loaded.append(len(comfy.model_management.current_loaded_models))
     assert state(model) == before
     assert tensors == [tensors[0]] * 4
     assert loaded == [loaded[0]] * 4
+
+
+@pytest.mark.parametrize("graph", ["full", "light"])
+def test_guided_runs_with_other_nodes_patches_leave_nothing_behind(runs, graph):
+    """Beside patches, which may write in place, what is saved for backward goes through hooks of ours."""
+    model, run = runs
+    patched = model.clone()
+    patched.set_model_attn1_patch(lambda n, context, value, options: (n * 1.1, context, value))
+    tensors = []
+    for _ in range(3):
+        run(patched, heads=1, graph=graph)
+        tensors.append(count_tensors())
+    assert tensors == [tensors[0]] * 3

@@ -174,6 +174,9 @@ def test_other_models_that_are_loaded_count_as_free(small, monkeypatch):
 
 
 def test_a_run_with_little_memory_is_guided_all_the_same(small, monkeypatch, caplog):
+    import comfy.model_management
+
+    comfy.model_management.unload_all_models()
     caplog.set_level(logging.INFO, LOG)
     full = small.sample(small.target(), **RUN)
     assert not logged(caplog, "light graph")

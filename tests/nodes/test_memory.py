@@ -22,7 +22,7 @@ def most_kept(network):
 
     class Kept:
         def __init__(self, tensor):
-            self.tensor, self.storage = tensor, tensor.untyped_storage()
+            self.tensor, self.storage = tensor.detach(), tensor.untyped_storage()
             self.count(1)
             most[0] = max(most[0], now[0])
 
