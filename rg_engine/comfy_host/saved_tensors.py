@@ -18,10 +18,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class _Saved:
-    """What backward will get; as it holds the tensor, no other one can have its storage's address meanwhile."""
+    """What backward will get; as it holds the tensor's memory, no other one can have its address meanwhile.
+
+    Detached, since an operation that saves its own output would hold itself through it, for ever.
+    """
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+        self.tensor = tensor.detach()
 
 
 class _CopyBeforeWrite(TorchDispatchMode):
