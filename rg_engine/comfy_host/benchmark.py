@@ -111,7 +111,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
     model = random_model(shape, dtype)
     heads = random_heads(model, shape, 3)
     positive, negative = (random_conds(model, shape, seed) for seed in (1, 2))
-    controlled = [with_controlnet(each, shape, dtype) for each in (positive, negative)] if "ControlNet" in ways else None
+    controlled = with_controlnet((positive, negative), shape, dtype) if "ControlNet" in ways else None
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     kept: dict[str, int] = {}
     peak: dict[str, int] = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import comfy.cldm.cldm
@@ -88,8 +89,8 @@ def random_conds(model: Any, shape: Shape, seed: int) -> list:
     return [[torch.randn(1, TOKENS, shape.config["context_dim"], generator=generator), more]]
 
 
-def with_controlnet(conds: list, shape: Shape, dtype: torch.dtype) -> list:
-    """The prompt with a ControlNet of the network's own shape, random weights and a random control picture."""
+def with_controlnet(prompts: Sequence[list], shape: Shape, dtype: torch.dtype) -> list[list]:
+    """The prompts with one ControlNet of the network's own shape, random weights and a random control picture."""
     names = ("model_channels", "num_res_blocks", "channel_mult", "transformer_depth", "transformer_depth_middle",
              "context_dim", "use_linear_in_transformer", "adm_in_channels", "in_channels", "image_size", "legacy",
              "use_spatial_transformer", "use_checkpoint", "num_classes")  # fmt: skip
@@ -104,7 +105,8 @@ def with_controlnet(conds: list, shape: Shape, dtype: torch.dtype) -> list:
     side = 8 * shape.cells
     hint = torch.rand(1, 3, side, side, generator=torch.Generator().manual_seed(0))
     control = control.copy().set_cond_hint(hint, 1.0, (0.0, 1.0))
-    return [[context, {**more, "control": control, "control_apply_to_uncond": True}] for context, more in conds]
+    added = {"control": control, "control_apply_to_uncond": True}
+    return [[[context, {**more, **added}] for context, more in conds] for conds in prompts]
 
 
 def zero_latent(shape: Shape, pictures: int) -> Tensor:
