@@ -19,7 +19,6 @@ from typing import Any
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..guidance import GuidanceSettings, Target
@@ -30,12 +29,10 @@ from .demo_world import load_world
 from .evaluate import markdown
 from .frontier import measure_frontier, plot_frontier
 from .gradient_scope import Graph
-from .guided_model import guide
+from .timing import model_calls, whole_picture_ratio
 from .workflow import Executor, load_extension, read_workflow, with_inputs
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
-KEY = "benchmark"
-
 
 EVERY_STEP = GuidanceSettings(interval=0.0)
 
@@ -138,19 +135,13 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
             "peak bytes": peak[name],
         }  # fmt: skip
     parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
-    whole = {steps: picture_ratio(model, heads[0], (positive, negative), shape, steps, turns) for steps in pictures}
+    latent = zero_latent(shape, 1)
+    target = random_target(heads[:1], latent, end_percent=0.5)
+    whole = {
+        steps: whole_picture_ratio(model, target, GuidanceSettings(), (positive, negative), latent, steps=steps, turns=turns)
+        for steps in pictures
+    }
     return {"parameters": parameters, "ways": found, "pictures": whole}
-
-
-def picture_ratio(model: Any, head: ReadoutHead, conds: Any, shape: Shape, steps: int, turns: int) -> float:
-    """The median time of a whole picture guided as by default over that of a plain one."""
-    seconds: dict[int, list[float]] = {0: [], 1: []}
-    for turn in range(turns + 1):
-        for count, each in seconds.items():
-            way = Way(heads=count, settings=GuidanceSettings())
-            taken = _model_calls(model, way, [head], conds, zero_latent(shape, 1), steps, end_percent=0.5)
-            each += [sum(taken)] if turn else []
-    return round(statistics.median(seconds[1]) / statistics.median(seconds[0]), 3)
 
 
 def memory_over_runs(count: int) -> list[float]:
@@ -167,25 +158,17 @@ def memory_over_runs(count: int) -> list[float]:
 
 def step_seconds(model: Any, way: Way, heads: list[ReadoutHead], conds: Any, latent: Tensor) -> list[float]:
     """Seconds of each model call but the first and the last, of a run of STEPS steps with guidance in every one of them."""
-    return _model_calls(model, way, heads, conds, latent, STEPS, end_percent=1.0)[1:-1]
+    target = random_target(heads[: way.heads], latent, end_percent=1.0)
+    return model_calls(model, target, way.settings, conds, latent, steps=STEPS, graph=way.graph)[1:-1]
 
 
-def _model_calls(
-    model: Any, way: Way, heads: list[ReadoutHead], conds: Any, latent: Tensor, steps: int, end_percent: float
-) -> list[float]:
-    import comfy.sample
-
-    times: list[float] = []
-    timed = model.clone()
-    timed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _timer(times))
+def random_target(heads: list[ReadoutHead], latent: Tensor, end_percent: float) -> Target | None:
+    """A target of each head, with one random control picture."""
+    picture = torch.rand(1, *latent.shape[-2:], 3, generator=torch.Generator().manual_seed(0))
     target = None
-    for head in heads[: way.heads]:
-        picture = torch.rand(1, *latent.shape[-2:], 3, generator=torch.Generator().manual_seed(0))
+    for head in heads:
         target = Target(head=head, image=picture, end_percent=end_percent, previous=target)
-    guided = guide(timed, target, way.settings, graph=way.graph)
-    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
-    comfy.sample.sample(guided, noise, steps, 7.5, "euler", "normal", *conds, latent, seed=0, disable_pbar=True)
-    return times
+    return target
 
 
 @contextlib.contextmanager
@@ -211,23 +194,6 @@ def count_kept_bytes(model: Any) -> Iterator[list[int]]:
 
     with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
         yield most
-
-
-def _timer(times: list[float]) -> Any:
-    def timed(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        _wait(x.device)
-        began = time.perf_counter()
-        out = executor(x, *args, **kwargs)
-        _wait(x.device)
-        times.append(time.perf_counter() - began)
-        return out
-
-    return timed
-
-
-def _wait(device: torch.device) -> None:
-    if device.type != "cpu":
-        getattr(torch, device.type).synchronize()
 
 
 def _name(device: torch.device) -> str:

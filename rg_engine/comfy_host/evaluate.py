@@ -18,26 +18,23 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..demo.estimator import joint_positions
-from ..demo.measure import control_errors, mean_and_error
-from ..demo.scene_pictures import ScenePictures, scene_pictures
-from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks, sketch_iou
+from ..demo.measure import mean_and_error
+from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks
 from ..errors import ReadoutGuidanceError
-from ..guidance import GuidanceSettings, Target
+from ..guidance import GuidanceSettings
 from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
-from .demo_world import World, demo_head, load_world, sample
+from .demo_world import World, demo_head, load_world
 from .evaluate_edits import drags_table, identity_table
 from .frozen_model import FrozenModel, with_frozen_model
+from .steering import SCENE_SEED, Way, scene_scores, steer
 
-SCENE_SEED = 4051  # of scenes that no head has seen
 READ_SCENES = 96
 TIMES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
 PAIRS = (10, 30, 100, 300, 1000)
 STEPS_OF_A_TRIAL = 1500
-PROMPTS = ("a red figure, grey wall", "a blue figure, cream wall", "a green figure, pink wall", "a yellow figure, teal wall")
 BATCH = 16
 
 
@@ -182,57 +179,23 @@ def _all_scores(world: World, recipe: Recipe, head: ReadoutHead) -> dict[str, fl
 
 
 def guided_scores(world: World, recipe: Recipe, head: ReadoutHead | None = None) -> dict[str, float]:
-    """What guidance with a head does, measured on finished pixels; unguided and guided."""
-    head = head or demo_head(recipe.name)
-    match recipe.kind:
-        case "spatial":
-            return _compare(world, recipe.layer, lambda drawn: Target(head=head, image=getattr(drawn, recipe.layer)))
-        case "keypoint":
-            return _compare(world, "pose", lambda drawn: Target(head=head, readout=drawn.keypoints))
-        case "lgp":
-            return _compare(world, "sketch", lambda drawn: _sketch_target(world, head, drawn), ("fast", "norm_ratio"))
-        case _:
-            return {}
-
-
-def _compare(
-    world: World, control: str, target: Callable[[ScenePictures], Target], modes: tuple[Mode, ...] = ("fast",)
-) -> dict[str, float]:
-    """Errors of unguided and guided pictures of the same seeds, means."""
+    """What guidance with a head does, measured on finished pixels: means of unguided and guided pictures of the same
+    seeds, and standard errors."""
+    modes: tuple[Mode, ...] = ("fast", "norm_ratio") if recipe.kind == "lgp" else ("fast",)
+    if recipe.kind in ("correspondence", "appearance"):
+        return {}
+    ways = {"unguided": Way()}
+    for mode in modes:
+        ways[mode] = Way(settings=GuidanceSettings(mode=mode))
     scores: dict[str, list[np.ndarray]] = {}
     with torch.inference_mode():
-        for first in range(0, world.pictures, BATCH):
-            drawn = scene_pictures(SCENE_SEED + 1 + first, min(BATCH, world.pictures - first), figure_only=True)
-            for mode in ("unguided", *modes):
-                settings = GuidanceSettings(mode="fast" if mode == "unguided" else mode)  # type: ignore[arg-type]
-                start = {"samples": torch.zeros(len(drawn.scenes), 4, 16, 16)}
-                prompt = PROMPTS[first // BATCH % len(PROMPTS)]
-                wanted = None if mode == "unguided" else target(drawn)
-                made = sample(world, wanted, start, settings, prompt=prompt, seed=100 + first)
-                for name, values in _errors(world, control, made, drawn).items():
-                    scores.setdefault(f"{mode} {name}", []).append(values)
+        for made in steer(world, recipe, head or demo_head(recipe.name), ways):
+            for name, values in scene_scores(world, recipe, made).items():
+                scores.setdefault(f"{made.way} {name}", []).append(values)
     means = {name: mean_and_error(np.concatenate(values)) for name, values in scores.items()}
     return {name: mean for name, (mean, _) in means.items()} | {
         f"{name} se": error for name, (_, error) in means.items() if "pck" not in name
     }
-
-
-def _errors(world: World, control: str, made: Tensor, drawn: ScenePictures) -> dict[str, np.ndarray]:
-    if control == "sketch":
-        pairs = zip(made, drawn.edges, strict=True)
-        return {"iou": np.array([sketch_iou(picture.numpy(), sketch[..., 0].numpy()) for picture, sketch in pairs])}
-    errors = {"error": control_errors(control, made, drawn.scenes, world.estimator)}
-    if control == "pose":
-        heatmaps, _ = world.estimator(made.permute(0, 3, 1, 2).float() * 2 - 1)
-        true = torch.tensor(np.stack([scene.figure.joints() for scene in drawn.scenes]), dtype=torch.float32)  # type: ignore[union-attr]
-        found = joint_positions(heatmaps)
-        each = [pck(found[i : i + 1], true[i : i + 1], figure_extent(true[i : i + 1])) for i in range(len(true))]
-        errors |= {f"pck@{at}": np.array([scores[at] for scores in each]) for at in each[0]}
-    return errors
-
-
-def _sketch_target(world: World, head: ReadoutHead, drawn: ScenePictures) -> Target:
-    return Target(head=head, reference_latent=world.vae.encode(drawn.edges))
 
 
 @functools.cache

@@ -8,7 +8,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.ops
@@ -99,20 +100,43 @@ class _FrozenLayer(torch.autograd.Function):
 
 
 class _RunAgain(torch.autograd.Function):
-    """``function(x)``, of which x alone is kept; it runs again in backward."""
+    """``function(x)``, of which x alone is kept; it runs again in backward, and draws the same random numbers if it draws
+    some."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
-        ctx.function = function
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], draws: bool = False) -> Tensor:  # type: ignore[override]
+        ctx.function, ctx.states = function, _random_states(x.device) if draws else []
         ctx.save_for_backward(x)
         return function(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        with torch.enable_grad():
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        with torch.enable_grad(), _drawing_from(ctx.states, gradient.device):
             x = ctx.saved_tensors[0].detach().requires_grad_()
             y = ctx.function(x)
-        return torch.autograd.grad(y, x, gradient)[0], None
+        return torch.autograd.grad(y, x, gradient)[0], None, None
+
+
+RandomState = tuple[Callable[[Tensor], None], Tensor]  # of a generator: what sets it, and what it is
+
+
+def _random_states(device: torch.device) -> list[RandomState]:
+    """Those of the default generators, the CPU's and the device's."""
+    sources: list[Any] = [torch] if device.type == "cpu" else [torch, getattr(torch, device.type, None)]
+    return [(source.set_rng_state, source.get_rng_state()) for source in sources if hasattr(source, "get_rng_state")]
+
+
+@contextlib.contextmanager
+def _drawing_from(states: list[RandomState], device: torch.device) -> Iterator[None]:
+    """Random numbers are drawn from these states on, and afterwards as if none had been drawn. Without states, no change."""
+    after = _random_states(device) if states else []
+    for put, state in states:
+        put(state)
+    try:
+        yield
+    finally:
+        for put, state in after:
+            put(state)
 
 
 def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -171,7 +195,8 @@ def _run_again(block: nn.Module) -> Forward:
 
     def forward(x: Tensor, context: Any = None, transformer_options: dict[str, Any] | None = None) -> Tensor:
         options = dict(transformer_options or {})  # as it is now: the network changes it from block to block
-        return _RunAgain.apply(x, lambda inner: original(inner, context, dict(options)))
+        patched = bool(options.get("patches") or options.get("patches_replace"))
+        return _RunAgain.apply(x, lambda inner: original(inner, context, dict(options)), patched)
 
     return forward
 

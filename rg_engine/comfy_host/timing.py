@@ -1,4 +1,4 @@
-"""How much slower guidance makes a picture: plain and guided runs of one sampler, turn by turn, medians."""
+"""How long a sampler's model calls take, guided and not."""
 
 from __future__ import annotations
 
@@ -6,50 +6,75 @@ import statistics
 import time
 from typing import Any
 
-import comfy.samplers
+import comfy.sample
 import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
 
 from ..demo.scene_pictures import scene_pictures
-from ..guidance import GuidanceSettings, Target, make_plan
+from ..guidance import GuidanceSettings, Target
 from .demo_model import load_demo_model
-from .folders import load_named_head
-from .sampling import guided_ksampler
+from .demo_world import demo_head
+from .gradient_scope import Graph
+from .guided_model import guide
 
-REPEATS = 3
+KEY = "timing"
+TURNS = 2
 PICTURES = 4
 
 
-def time_guidance(control: str, settings: GuidanceSettings, steps: int) -> dict[str, Any]:
-    """Seconds of a plain and of a guided step on the demo model, and whole picture against whole picture.
+def model_calls(
+    model: Any, target: Target | None, settings: GuidanceSettings, conds: Any, latent: Tensor, *, steps: int,
+    cfg: float = 7.5, graph: Graph = "full",
+) -> list[float]:  # fmt: skip
+    """Seconds of each model call of a run (euler, one a step): the predictions of all prompts, and the guidance.
 
-    PICTURES pictures at once, cfg above 1; a machine that is busy otherwise disturbs both alike.
+    Args: conds, positive and negative CONDITIONING; latent (B, C, H, W).
     """
-    with torch.inference_mode():
-        model, clip, _ = load_demo_model()
-        picture = getattr(scene_pictures(0, 1, figure_only=True), control)
-        target = Target(head=load_named_head(f"demo_{control}.safetensors"), image=picture)
-        inputs = {
-            "seed": 0, "steps": steps, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "normal", "denoise": 1.0,
-            "positive": [[clip.encode("a red figure, grey wall"), {}]], "negative": [[clip.encode(""), {}]],
-            "latent": {"samples": torch.zeros(PICTURES, 4, 16, 16)},
-        }  # fmt: skip
-        seconds: dict[str, list[float]] = {"plain": [], "guided": []}
-        for turn in range(REPEATS + 1):
-            for name, wanted in (("plain", None), ("guided", target)):
-                began = time.perf_counter()
-                guided_ksampler(model, wanted, settings, **inputs)
-                if turn:  # the first one warms up
-                    seconds[name].append(time.perf_counter() - began)
-    plain, guided = statistics.median(seconds["plain"]), statistics.median(seconds["guided"])
-    sampling = model.get_model_object("model_sampling")
-    sigmas = comfy.samplers.calculate_sigmas(sampling, "normal", steps).tolist()
-    ranges = [(target.start_percent, target.end_percent)]
-    guided_steps = len(make_plan(ranges, sigmas, settings, lambda p: float(sampling.percent_to_sigma(p))).steps)
-    return {
-        "steps": steps,
-        "guided_steps": guided_steps,
-        "seconds_per_plain_step": round(plain / steps / PICTURES, 5),
-        "seconds_per_guided_step": round((plain / steps + (guided - plain) / guided_steps) / PICTURES, 5),
-        "guided_step_ratio": round(1 + (guided - plain) / guided_steps / (plain / steps), 2),
-        "whole_picture_ratio": round(guided / plain, 3),
-    }
+    times: list[float] = []
+    timed = model.clone()
+    timed.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, KEY, _timer(times))
+    guided = guide(timed, target, settings, graph=graph)
+    noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
+    comfy.sample.sample(guided, noise, steps, cfg, "euler", "normal", *conds, latent, seed=0, disable_pbar=True)
+    return times
+
+
+def whole_picture_ratio(
+    model: Any, target: Target | None, settings: GuidanceSettings, conds: Any, latent: Tensor, *, steps: int, turns: int
+) -> float:
+    """The median time of a guided picture over that of a plain one, the two made turn by turn."""
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for turn in range(turns + 1):
+        for guided, each in seconds.items():
+            calls = model_calls(model, target if guided else None, settings, conds, latent, steps=steps)
+            each += [sum(calls)] if turn else []  # the first one warms up
+    return round(statistics.median(seconds[True]) / statistics.median(seconds[False]), 3)
+
+
+@torch.inference_mode()
+def time_demo(settings: GuidanceSettings, steps: int) -> float:
+    """:func:`whole_picture_ratio` of the demo model with its pose head, PICTURES pictures at once."""
+    model, clip, _ = load_demo_model()
+    picture = scene_pictures(0, 1, figure_only=True).pose
+    conds = [[clip.encode("a red figure, grey wall"), {}]], [[clip.encode(""), {}]]
+    target = Target(head=demo_head("demo_pose"), image=picture)
+    latent = torch.zeros(PICTURES, 4, 16, 16)
+    return whole_picture_ratio(model, target, settings, conds, latent, steps=steps, turns=TURNS)
+
+
+def _timer(times: list[float]) -> Any:
+    def timed(executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        _wait(x.device)
+        began = time.perf_counter()
+        out = executor(x, *args, **kwargs)
+        _wait(x.device)
+        times.append(time.perf_counter() - began)
+        return out
+
+    return timed
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        getattr(torch, device.type).synchronize()
