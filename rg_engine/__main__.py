@@ -83,7 +83,7 @@ def main(arguments: list[str] | None = None) -> int:
                 make_pictures(options.work / "data", options.shards, workers=options.workers)
         use_comfyui(options.device)
         if options.command == "benchmark":
-            from .comfy_host.benchmark import run_benchmark
+            from .lab.benchmark import run_benchmark
 
             run_benchmark(
                 options.out, options.shape, options.turns, options.dtype, options.ways,
@@ -91,16 +91,16 @@ def main(arguments: list[str] | None = None) -> int:
             )  # fmt: skip
             return 0
         if options.command == "evaluate":
-            from .comfy_host.evaluate import run_evaluation
+            from .lab.evaluate import run_evaluation
 
             run_evaluation(options.out, options.pictures, options.tables)
             return 0
         if options.command == "demo":
-            from .comfy_host.demo_run import run_demo
+            from .lab.demo_run import run_demo
 
             run_demo(options.out, options.pictures, options.modes, options.strength, options.edits)
         else:
-            from .comfy_host.demo_training import train_demo
+            from .lab.demo_training import train_demo
 
             train_demo(parts, options.work, options)
     except ReadoutGuidanceError as error:

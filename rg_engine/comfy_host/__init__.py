@@ -1,1 +1,1 @@
-"""The only floor that imports ComfyUI."""
+"""The engine inside ComfyUI. Only this folder and the lab import ComfyUI."""

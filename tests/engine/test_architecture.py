@@ -18,7 +18,7 @@ FLOORS = {
     "features": 2, "heads": 2, "losses": 2,
     "guidance": 3, "training": 3, "demo": 3,
     "comfy_host": 4,
-    "convert": 5, "nodes": 5,
+    "convert": 5, "nodes": 5, "lab": 5,
     "__main__": 6, "__init__": 6,
 }  # fmt: skip
 COMFYUI = {
@@ -32,7 +32,7 @@ COMFYUI = {
     "nodes",
     "server",
 }
-MAY_IMPORT_COMFYUI = {"comfy_host", "nodes", "__init__"}
+MAY_IMPORT_COMFYUI = {"comfy_host", "lab", "nodes", "__init__"}
 FORBIDDEN_MODULES = {"importlib", "subprocess", "socket", "urllib", "http", "requests", "ctypes", "runpy"}
 FORBIDDEN_CALLS = {"exec", "eval", "compile", "__import__", "pickle.load", "pickle.loads", "pickle.Unpickler"}
 NODE_STATEMENTS = 25

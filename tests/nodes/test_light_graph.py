@@ -27,7 +27,7 @@ def logged(caplog, words: str) -> list[str]:
 @pytest.mark.usefixtures("comfyui")
 @pytest.mark.parametrize(("name", "mode"), [("small", "fast"), ("demo", "reference")])
 def test_a_guided_step_keeps_less_than_half(name, mode, monkeypatch):
-    benchmark, models = engine("comfy_host.benchmark"), engine("comfy_host.benchmark_models")
+    benchmark, models = engine("lab.benchmark"), engine("lab.benchmark_models")
     monkeypatch.setattr(benchmark, "STEPS", 2)  # of which one is guided
     shape = dataclasses.replace(models.SHAPES[name], cells=16)
     model = models.random_model(shape, torch.float32)

@@ -47,7 +47,7 @@ def test_the_estimate_is_near_what_is_kept(shape, graph):
     from comfy.ldm.modules.attention import attention_pytorch
 
     memory, features = engine("comfy_host.memory"), engine("features")
-    shape = engine("comfy_host.benchmark_models").SHAPES[shape]
+    shape = engine("lab.benchmark_models").SHAPES[shape]
     xl = shape.config["adm_in_channels"] is not None
     latent = [1, 4, shape.cells, shape.cells]
     with FakeTensorMode(), torch.inference_mode(False), torch.enable_grad():

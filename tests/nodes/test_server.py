@@ -95,7 +95,7 @@ def to_prompt(page: dict[str, Any], node_inputs: Any) -> dict[str, Any]:
         spec = importlib.util.spec_from_file_location(name, root / "__init__.py", submodule_search_locations=[str(root)])
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
-    return importlib.import_module(f"{name}.comfy_host.workflow").to_prompt(page, node_inputs)
+    return importlib.import_module(f"{name}.lab.workflow").to_prompt(page, node_inputs)
 
 
 def change(prompt: dict[str, Any], class_type: str, **inputs: Any) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..comfy_host.inversion import invert_latent
 from ..demo.estimator import joint_positions
 from ..demo.render import pose_map, render
 from ..demo.scene_pictures import sample_scenes
@@ -17,7 +18,6 @@ from ..demo.world import COLOURS, JOINTS, Scene
 from ..guidance import GuidanceSettings, Target
 from ..types import Drag
 from .demo_world import World, demo_head, sample
-from .inversion import invert_latent
 
 DRAG_SEED = 6007
 #: What is dragged, and how far guidance goes for it (the sampler's strength).

@@ -10,15 +10,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..comfy_host.demo_model import load_demo_model
+from ..comfy_host.train_head import train_head
+from ..comfy_host.train_node import graph_examples
 from ..demo import DEMO_HEADS
 from ..demo.scene_pictures import Sequence, scene_pictures
 from ..demo.world import Scene
 from ..heads import ReadoutHead, save_head
 from ..training import Examples, TrainingSettings, in_a_row
 from ..types import HeadKind
-from .demo_model import load_demo_model
-from .train_head import train_head
-from .train_node import graph_examples
 
 CHUNK = 100  # scenes drawn and encoded at once
 

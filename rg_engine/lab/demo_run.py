@@ -13,10 +13,10 @@ import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from ..comfy_host.bootstrap import REPOSITORY
 from ..demo.measure import UNITS, control_errors, load_estimator, mean_and_error
 from ..demo.scene_pictures import sample_scenes, scene_pictures
 from ..guidance import GuidanceSettings
-from .bootstrap import REPOSITORY
 from .steering import PROMPTS
 from .timing import time_demo
 from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs

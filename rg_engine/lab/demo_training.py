@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from ..comfy_host.demo_model import Denoiser
 from ..demo import AUTOENCODER, DENOISER, ESTIMATOR, train
 from ..demo.autoencoder import Autoencoder
 from .demo_heads import train_demo_heads
-from .demo_model import Denoiser
 
 
 def train_demo(parts: list[str], work: Path, options: Any) -> None:

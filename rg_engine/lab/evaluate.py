@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..comfy_host.frozen_model import FrozenModel, with_frozen_model
 from ..demo.measure import mean_and_error
 from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks
 from ..errors import ReadoutGuidanceError
@@ -28,7 +29,6 @@ from ..types import Mode
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
 from .demo_world import World, demo_head, load_world
 from .evaluate_edits import drags_table, identity_table
-from .frozen_model import FrozenModel, with_frozen_model
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
 READ_SCENES = 96

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..comfy_host.demo_model import load_demo_model
+from ..comfy_host.sampling import guided_ksampler
 from ..demo import DEMO_HEADS
 from ..demo.estimator import Estimator
 from ..demo.measure import load_estimator
 from ..guidance import GuidanceSettings, Target
 from ..heads import ReadoutHead, load_head
-from .demo_model import load_demo_model
-from .sampling import guided_ksampler
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -21,14 +21,14 @@ import comfy.utils
 import torch
 from torch import Tensor
 
+from ..comfy_host.bootstrap import REPOSITORY
+from ..comfy_host.gradient_scope import Graph
 from ..guidance import GuidanceSettings, Target
 from ..heads import ReadoutHead
 from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
-from .bootstrap import REPOSITORY
 from .demo_world import load_world
 from .evaluate import markdown
 from .frontier import measure_frontier, plot_frontier
-from .gradient_scope import Graph
 from .timing import model_calls, whole_picture_ratio
 from .workflow import Executor, load_extension, read_workflow, with_inputs
 

@@ -9,8 +9,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ..comfy_host.bootstrap import REPOSITORY
 from ..errors import ReadoutGuidanceError
-from .bootstrap import REPOSITORY
 
 Prompt = dict[str, dict[str, Any]]
 #: What the page stores after a seed.
