@@ -21,33 +21,39 @@ from torch.nn import functional as F
 Forward = Callable[..., Any]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
+_LAYERS = (nn.Linear, *_NORMS, *_CONVOLUTIONS)
 
 
-def frozen_forward(module: Any) -> Forward | None:
-    """A forward for a layer that makes its weights anew each time it runs, None for any other module."""
-    if not casts_weights(module) or module.weight is None:
+def frozen_forward(module: Any, casts: bool) -> Forward | None:
+    """A forward for a layer that makes its weights anew each time it runs (``casts``), None for any other module."""
+    if not casts or module.weight is None:
         return None
     return _frozen(module) if is_known(module) else _again(module)
 
 
-def light_forward(module: nn.Module) -> Forward | None:
+def light_forward(module: nn.Module, casts: bool) -> Forward | None:
     """A forward that keeps as little as possible, None if there is nothing to gain."""
     if isinstance(module, BasicTransformerBlock):
         return _run_again(module)
     if "forward" in module.__dict__:  # another node's
-        return frozen_forward(module)
+        return frozen_forward(module, casts)
     if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and is_known(module):
         return _frozen(module)
     if isinstance(module, GEGLU) and not _watched(module.proj):
         return _gate(module)
     if isinstance(module, nn.Sequential) and len(module) > 2 and isinstance(module[0], nn.GroupNorm):
         return _normed(module) if isinstance(module[1], nn.SiLU) and not _watched(*module[:2]) else None
-    return frozen_forward(module)
+    return frozen_forward(module, casts)
+
+
+def may_be_light(module: nn.Module) -> bool:
+    """Whether :func:`light_forward` may give a module without weights of its own a forward."""
+    return isinstance(module, (BasicTransformerBlock, GEGLU, nn.Sequential))
 
 
 def casts_weights(module: nn.Module) -> bool:
     """Whether this layer makes its weights anew each time it runs."""
-    return isinstance(module, (nn.Linear, *_NORMS, *_CONVOLUTIONS)) and bool(
+    return isinstance(module, _LAYERS) and bool(
         getattr(module, "comfy_cast_weights", False)
         or getattr(module, "weight_function", None)
         or getattr(module, "bias_function", None)

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from .frozen_layers import casts_weights, frozen_forward, is_known, light_forward
+from .frozen_layers import casts_weights, frozen_forward, is_known, light_forward, may_be_light
 
 #: What is kept for backward. full: what autograd keeps, but no weights that were cast; light: about a third of it, at the
 #: cost of running transformer blocks twice.
@@ -35,7 +35,7 @@ class GradientScope:
 
     def __init__(self, network: nn.Module, graph: Graph = "full") -> None:
         self.network, self.graph = network, graph
-        self._modules = list(network.modules())
+        self._modules = [m for m in network.modules() if m._parameters or m._buffers or may_be_light(m)]
         self._aliases: dict[int, Tensor] = {}  # by the id of the parameter; both live as long as the run
         self._kept: list[tuple[dict[str, Any], str, Any]] = []  # (table, name, what it held); MISSING if nothing
         self._modes = contextlib.ExitStack()
@@ -46,11 +46,11 @@ class GradientScope:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
             for module in self._modules:
-                forward, fetched = forward_of(module), casts_weights(module) and is_known(module)
+                casts = casts_weights(module)
+                forward = forward_of(module, casts)
                 if forward is not None:
-                    self._kept.append((module.__dict__, "forward", module.__dict__.get("forward", MISSING)))
-                    module.forward = forward  # type: ignore[method-assign]
-                if not fetched:
+                    self._replace(module.__dict__, "forward", forward)
+                if not (casts and is_known(module)):
                     self._alias(module._parameters, as_parameter=True)
                     self._alias(module._buffers, as_parameter=False)
         except BaseException:
@@ -70,14 +70,19 @@ class GradientScope:
     def _alias(self, table: Any, as_parameter: bool) -> None:
         """Replace a module's inference tensors by ordinary ones over the same storages."""
         for name, tensor in table.items():
-            if tensor is None or not tensor.is_inference() or type(tensor.data) is not Tensor:
+            if tensor is None or not tensor.is_inference():
                 continue
             alias = self._aliases.get(id(tensor))
             if alias is None or alias.data_ptr() != tensor.data_ptr() or alias.dtype != tensor.dtype:
+                if type(tensor.data) is not Tensor:  # quantised, in a class of its own
+                    continue
                 alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
                 alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
                 if as_parameter:
                     alias = nn.Parameter(alias, requires_grad=False)
                 self._aliases[id(tensor)] = alias
-            self._kept.append((table, name, tensor))
-            table[name] = alias
+            self._replace(table, name, alias)
+
+    def _replace(self, table: dict[str, Any], name: str, value: Any) -> None:
+        self._kept.append((table, name, table.get(name, MISSING)))
+        table[name] = value
