@@ -30,7 +30,7 @@ CONDITIONAL, UNCONDITIONAL = 0, 1
 _NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
 KEY = "readout_guidance_branch"
 KERNELS_WITH_BACKWARD = ("attention_pytorch", "attention_split", "attention_basic", "attention_xformers")
-SMALL = 1024  # cells; for more the sub-quadratic kernel keeps too much
+SMALL = 256  # cells; for more, the sub-quadratic kernel takes longer and keeps every pair
 
 
 class BranchReader:

@@ -6,6 +6,7 @@ Readout Guidance (arXiv 2312.02150), sec. 3.1, after Diffusion Hyperfeatures (23
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -120,4 +121,19 @@ def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    return x if x.shape[-2:] == size else F.interpolate(x, size=size, mode="bilinear")
+    """x (B, C, h, w) at another size, bilinear (align_corners=False), as a product with one matrix a side.
+
+    That is a third of F.interpolate's time with its backward, whose sums on CUDA also differ from run to run.
+    """
+    if x.shape[-2:] == size:
+        return x
+    down, across = (_interpolation(n, m, x.device, x.dtype) for n, m in zip(x.shape[-2:], size, strict=True))
+    return down @ (x @ across.T)  # (H, h) @ ((B, C, h, w) @ (w, W))
+
+
+@functools.lru_cache(maxsize=64)
+def _interpolation(count: int, wanted: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """(wanted, count): linear interpolation of ``count`` samples to ``wanted``."""
+    with torch.inference_mode(False), torch.no_grad():
+        matrix = F.interpolate(torch.eye(count, dtype=torch.float64)[None], size=wanted, mode="linear")[0].T
+        return matrix.to(device, dtype).contiguous()
