@@ -146,11 +146,11 @@ class BranchReader:
             whole = Branch(
                 features=features, emb=plain(emb), z=(leaf * scale.clone()).detach(), noise_level=plain(noise_level)
             )
-            self._backward(leaf, whole, branches, scale.clone())
+            self._backward(leaf, whole, branches, scale.clone(), light=scope.graph == "light")
         return denoised.detach()
 
-    def _backward(self, leaf: Tensor, read: Branch, branches: Sequence[int], scale: Tensor) -> None:
-        """The gradient in two parts: through the heads, in fp32, branch by branch, then through the network, once.
+    def _backward(self, leaf: Tensor, read: Branch, branches: Sequence[int], scale: Tensor, light: bool) -> None:
+        """The gradient in two parts: through the heads in fp32, one branch and head at a time, then through the network.
 
         In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows.
@@ -162,10 +162,14 @@ class BranchReader:
             rows = slice(n * self._batch, (n + 1) * self._batch)
             features = [f[rows].detach().float().requires_grad_() for f in read.features]
             part = Branch(features=features, emb=read.emb[rows], z=read.z[rows], noise_level=read.noise_level[rows])
-            loss, readouts = self._objective.loss(part, self._active, self._sources.get(branch))
-            self.readouts = {i: readout.detach() for i, readout in readouts.items()}
-            self._losses.setdefault(branch, []).append(loss.detach())
-            found = torch.autograd.grad(loss.sum(), features, allow_unused=True, materialize_grads=True)
+            total, found = features[0].new_zeros(self._batch), [torch.zeros_like(f) for f in features]
+            for targets in self._objective.by_head(self._active):
+                loss, readouts = self._objective.loss(part, targets, self._sources.get(branch), light=light)
+                total += loss.detach()
+                self.readouts |= {i: readout.detach() for i, readout in readouts.items()}
+                gradients = torch.autograd.grad(loss.sum(), features, allow_unused=True, materialize_grads=True)
+                torch._foreach_add_(found, gradients)
+            self._losses.setdefault(branch, []).append(total)
             largest = torch.stack([g.abs().amax() for g in found]).amax()
             gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
             at_taps.append([g * gain for g in found])

@@ -26,7 +26,7 @@ from ..guidance.schedule import DRAG_INTERVAL, LOOK_INTERVAL
 from ..heads import ReadoutHead
 from .gradient_scope import Graph
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
-from .memory import choose_graph, with_room_for_graph
+from .memory import GraphSize, choose_graph, with_room_for_graph
 from .progress import RunProgress
 from .sampler_steps import SamplerSteps, watched
 from .source_pass import SourcePasses, fingerprint
@@ -113,9 +113,10 @@ class ModelGuidance:
 
     def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
-            branches = 2 if self.settings.mode == "reference" else 1
-            self._run.graph = self.graph or choose_graph(model, self.backbone, noise_shape, branches)
-            noise_shape = with_room_for_graph(model, self.backbone, noise_shape, self._run.graph, branches)
+            heads, branches = tuple(target.head for target in self.targets), 2 if self.settings.mode == "reference" else 1
+            size = GraphSize(backbone=self.backbone, heads=heads, branches=branches)
+            self._run.graph = self.graph or choose_graph(model, size, noise_shape)
+            noise_shape = with_room_for_graph(model, size, noise_shape, self._run.graph)
         return executor(model, noise_shape, *args, **kwargs)
 
     def sampler_sample(

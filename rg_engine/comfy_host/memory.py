@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import comfy.model_management
 
 from ..features import Backbone
+from ..heads import ReadoutHead
 from .gradient_scope import Graph
 
 log = logging.getLogger("readout_guidance")
@@ -20,23 +22,36 @@ GRAPH_ELEMENTS_PER_CELL: dict[str, dict[Graph, int]] = {
     "SD2.x": {"full": 97_000, "light": 19_000},
     "SDXL": {"full": 163_000, "light": 16_000},
 }
+#: Tensor elements of the tapped maps of SD1.5 and SDXL for each latent cell, about.
+FEATURE_ELEMENTS_PER_CELL = 1_700
 #: What backward itself needs on top, as a part of the graph.
 BACKWARD_SHARE = 0.15
 
 
-def graph_bytes(model: Any, backbone: Backbone, noise_shape: Sequence[int], graph: Graph = "full") -> int:
-    """Bytes of the graph of one guided branch; ``model`` is a ModelPatcher, noise_shape (B, C, H, W)."""
-    elements = GRAPH_ELEMENTS_PER_CELL.get(backbone.name, GRAPH_ELEMENTS_PER_CELL["SDXL"])[graph]
-    if backbone.name not in GRAPH_ELEMENTS_PER_CELL:
-        elements = round(elements * max(backbone.channels) / 1280)
-    size = comfy.model_management.dtype_size(model.model.manual_cast_dtype or model.model_dtype())
-    return round(noise_shape[0] * math.prod(noise_shape[2:]) * elements * size * (1 + BACKWARD_SHARE))
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GraphSize:
+    """What sizes the graph of a guided pass: how many branches it guides at once, and the heads that read them."""
+
+    backbone: Backbone
+    heads: tuple[ReadoutHead, ...]
+    branches: int = 1
+
+    def bytes(self, model: Any, noise_shape: Sequence[int], graph: Graph) -> int:
+        """For a ModelPatcher and noise_shape (B, C, H, W): the network's graph, and that of one head of one branch."""
+        known = GRAPH_ELEMENTS_PER_CELL.get(self.backbone.name)
+        wide = max(self.backbone.channels) / 1280
+        elements = (known or GRAPH_ELEMENTS_PER_CELL["SDXL"])[graph] * (1 if known else wide)
+        size = comfy.model_management.dtype_size(model.model.manual_cast_dtype or model.model_dtype())
+        head = max((head.network.kept_channels(graph == "light") for head in self.heads), default=0)
+        in_fp32 = head + 2 * FEATURE_ELEMENTS_PER_CELL * wide  # of the features, copies and gradients
+        cells = noise_shape[0] * math.prod(noise_shape[2:])
+        return round(cells * (self.branches * elements * size + 4 * in_fp32) * (1 + BACKWARD_SHARE))
 
 
-def choose_graph(model: Any, backbone: Backbone, noise_shape: Sequence[int], branches: int) -> Graph:
+def choose_graph(model: Any, size: GraphSize, noise_shape: Sequence[int]) -> Graph:
     """full where there is room for it beside the model and what sampling needs, else light, with a line in the log.
 
-    Room is what is free and what ComfyUI can free by unloading other models. branches: guided in one pass.
+    Room is what is free and what ComfyUI can free by unloading other models.
     """
     management, device = comfy.model_management, model.load_device
     others = sum(
@@ -47,10 +62,9 @@ def choose_graph(model: Any, backbone: Backbone, noise_shape: Sequence[int], bra
     room = management.get_free_memory(device) + others - management.extra_reserved_memory()
     weights = max(model.model_size() - model.loaded_size(), 0)
     sampling = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
-    full = branches * graph_bytes(model, backbone, noise_shape)
+    full, light = (size.bytes(model, noise_shape, graph) for graph in ("full", "light"))
     if weights + sampling + full <= room:
         return "full"
-    light = branches * graph_bytes(model, backbone, noise_shape, "light")
     log.info(
         "Readout guidance: the gradient needs %.1f GB and %.1f GB are free beside the model, so the light graph is used: "
         "%.1f GB, guided steps take about a quarter longer.",
@@ -61,12 +75,10 @@ def choose_graph(model: Any, backbone: Backbone, noise_shape: Sequence[int], bra
     return "light"
 
 
-def with_room_for_graph(
-    model: Any, backbone: Backbone, noise_shape: Sequence[int], graph: Graph = "full", branches: int = 1
-) -> list[int]:
+def with_room_for_graph(model: Any, size: GraphSize, noise_shape: Sequence[int], graph: Graph) -> list[int]:
     """A noise shape of so many more pictures that ComfyUI's own estimate covers the graph as well."""
     own = model.model.memory_required([2 * noise_shape[0], *noise_shape[1:]])
-    share = branches * graph_bytes(model, backbone, noise_shape, graph) / max(own, 1)
+    share = size.bytes(model, noise_shape, graph) / max(own, 1)
     return [math.ceil(noise_shape[0] * (1 + share)), *noise_shape[1:]]
 
 

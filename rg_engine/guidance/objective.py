@@ -95,17 +95,18 @@ class Objective:
         return SourceStep(readouts={i: r.detach() for i, r in readouts.items()}, z_min=low, z_max=high)
 
     def loss(
-        self, branch: Branch, active: Sequence[int], source: SourceStep | None = None
+        self, branch: Branch, active: Sequence[int], source: SourceStep | None = None, *, light: bool = False
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """The loss of each picture, (B,), and the readouts it came from, by target.
 
         ``active`` names the targets that guide at this step. z's extent is taken over source and guided picture together.
+        light: heads keep little for backward.
         """
         low, high = _extremes(branch.z)
         if source is not None:
             low, high = torch.minimum(low, source.z_min), torch.maximum(high, source.z_max)
         z_extent = high - low
-        readouts = self._read(branch, active)
+        readouts = self._read(branch, active, light)
         total = torch.zeros_like(z_extent)
         for i in active:
             target, readout = self.targets[i], readouts[i].float()
@@ -135,14 +136,21 @@ class Objective:
                 reference = source.readouts[i].float()
                 return correspondence_loss(readout, reference, starts=starts, ends=ends, truncate=self._truncate)
 
-    def _read(self, branch: Branch, wanted: Sequence[int]) -> dict[int, Tensor]:
+    def by_head(self, active: Sequence[int]) -> list[tuple[int, ...]]:
+        """Targets in groups of one head."""
+        groups: dict[ReadoutHead, list[int]] = {}
+        for i in active:
+            groups.setdefault(self.targets[i].head, []).append(i)
+        return [tuple(group) for group in groups.values()]
+
+    def _read(self, branch: Branch, wanted: Sequence[int], light: bool = False) -> dict[int, Tensor]:
         """Readouts of the targets wanted; targets that share a head share its readout."""
-        by_head: dict[ReadoutHead, Tensor] = {}
-        for i in wanted:
-            head = self.targets[i].head
-            if head not in by_head:
-                by_head[head] = head.read(branch.features, branch.emb, self.size, branch.noise_level)
-        return {i: by_head[self.targets[i].head] for i in wanted}
+        readouts: dict[int, Tensor] = {}
+        for group in self.by_head(wanted):
+            head = self.targets[group[0]].head
+            readout = head.read(branch.features, branch.emb, self.size, branch.noise_level, light=light)
+            readouts |= dict.fromkeys(group, readout)
+        return readouts
 
 
 def _extremes(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["tanh", "none"]
 NORM_GROUPS = 32  # of every GroupNorm in the authors' heads; tensors don't tell it
+OUTPUT_WIDTHS = (128, 32)  # of the layers between the mixed map and the readout
 
 
 class NormedConv(nn.Conv2d):
@@ -85,6 +87,7 @@ class AggregationNetwork(nn.Module):
         hidden = hidden or projection_channels // 4
         self.feature_channels = tuple(feature_channels)
         self.projection_channels = projection_channels
+        self.hidden_channels = hidden
         self.emb_width = emb_width
         self.output_channels = output_channels
         self.bottleneck_layers = nn.ModuleList(
@@ -94,13 +97,18 @@ class AggregationNetwork(nn.Module):
         self.output_head = _output_head(projection_channels, output_channels) if output_channels else None
         self.activation: Activation = activation
 
-    def forward(self, features: Sequence[Tensor], emb: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """features (B, C_i, h_i, w_i) each, emb (B, E) or None, size (H, W) in latent cells -> (B, D, H, W)."""
+    def forward(
+        self, features: Sequence[Tensor], emb: Tensor | None, size: tuple[int, int], *, light: bool = False
+    ) -> Tensor:
+        """features (B, C_i, h_i, w_i) each, emb (B, E) or None, size (H, W) in latent cells -> (B, D, H, W).
+
+        light: bottlenecks keep nothing for backward but run again (checkpointing, arXiv 1604.06174).
+        """
         weights = self.mixing_weights.softmax(0)
         dtype = self.mixing_weights.dtype
         emb = None if emb is None else emb.to(dtype)
         mixed = sum(
-            weight * layer(map_.to(dtype), emb, size)
+            weight * (_run_again if light else _run)(layer, map_.to(dtype), emb, size)
             for weight, layer, map_ in zip(weights, self.bottleneck_layers, features, strict=True)
         )
         assert isinstance(mixed, Tensor)
@@ -109,15 +117,29 @@ class AggregationNetwork(nn.Module):
         readout = self.output_head(mixed)
         return readout.tanh() if self.activation == "tanh" else readout
 
+    def kept_channels(self, light: bool) -> int:
+        """How many numbers of each latent cell of a picture are kept for backward, in the weights' precision."""
+        layer = 5 * self.hidden_channels + 3 * self.projection_channels
+        output = self.projection_channels + 2 * sum(OUTPUT_WIDTHS) if self.output_head is not None else 0
+        return layer * (1 if light else len(self.bottleneck_layers)) + output
+
 
 def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
     return nn.Sequential(
-        nn.Conv2d(in_channels, 128, 3, padding=1),
+        nn.Conv2d(in_channels, OUTPUT_WIDTHS[0], 3, padding=1),
         nn.SiLU(),
-        nn.Conv2d(128, 32, 3, padding=1),
+        nn.Conv2d(*OUTPUT_WIDTHS, 3, padding=1),
         nn.SiLU(),
-        nn.Conv2d(32, out_channels, 1),
+        nn.Conv2d(OUTPUT_WIDTHS[1], out_channels, 1),
     )
+
+
+def _run(layer: nn.Module, *inputs: Any) -> Tensor:
+    return layer(*inputs)
+
+
+def _run_again(layer: nn.Module, *inputs: Any) -> Tensor:
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

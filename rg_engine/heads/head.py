@@ -69,14 +69,16 @@ class ReadoutHead:
         return self.network.emb_width if self.network.emb_width and self.spec.use_emb else None
 
     def read(
-        self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int], noise_level: Tensor | None = None
-    ) -> Tensor:
+        self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int], noise_level: Tensor | None = None,
+        *, light: bool = False,
+    ) -> Tensor:  # fmt: skip
         """The readout (B, D, H, W) of features at latent size.
 
-        A per-pixel head (lgp) takes noise_level (B,), the others emb, unless they were trained without.
+        A per-pixel head (lgp) takes noise_level (B,), the others emb, unless they were trained without. light: keep little
+        for backward, and run again then.
         """
         if isinstance(self.network, PixelNetwork):
             if noise_level is None:
                 raise TargetError(f"head {self.name!r} reads the noise level: pass noise_level, (B,) in 0..1")
             return self.network(features, noise_level, size)
-        return self.network(features, emb if self.spec.use_emb else None, size)
+        return self.network(features, emb if self.spec.use_emb else None, size, light=light)

@@ -44,6 +44,10 @@ class PixelNetwork(nn.Module):
         self.norms = nn.ModuleList(nn.LayerNorm(width) for width in widths)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(widths, (*widths[1:], output_channels), strict=True))
 
+    def kept_channels(self, light: bool) -> int:
+        """How many numbers of each latent cell of a picture are kept for backward, in the weights' precision."""
+        return sum(2 * norm.normalized_shape[0] for norm in self.norms)  # type: ignore[union-attr, index, misc]
+
     def forward(self, features: Sequence[Tensor], noise_level: Tensor, size: tuple[int, int]) -> Tensor:
         """features (B, C_i, h_i, w_i) each, noise_level (B,) in 0..1, size (H, W) in latent cells -> (B, D, H, W)."""
         dtype = self.noise_layer.weight.dtype

@@ -29,7 +29,7 @@ from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_
 from .demo_world import load_world
 from .evaluate import markdown
 from .frontier import measure_frontier, plot_frontier
-from .timing import model_calls, whole_picture_ratio
+from .timing import median_ratio, model_calls, whole_picture_ratio
 from .workflow import Executor, load_extension, read_workflow, with_inputs
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
@@ -103,13 +103,13 @@ def run_benchmark(
 
 
 def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str], pictures: list[int]) -> dict[str, Any]:
-    """Median seconds of a step of each way, its ratio to a plain one's, bytes kept for backward, peak memory (GPU); and the
-    ratios of whole pictures, guided as by default, of so many steps."""
+    """Median seconds of a step of each way, its ratio to a plain one's of the same turn, bytes kept for backward, peak
+    memory (GPU); and the ratios of whole pictures, guided as by default, of so many steps."""
     model = random_model(shape, dtype)
     heads = random_heads(model, shape, 3)
     positive, negative = (random_conds(model, shape, seed) for seed in (1, 2))
     controlled = with_controlnet((positive, negative), shape, dtype) if "ControlNet" in ways else None
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}  # medians, one a turn
     kept: dict[str, int] = {}
     peak: dict[str, int] = {}
     for turn in range(turns + 1):
@@ -125,15 +125,13 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
                 kept[name] = most[0]
                 peak[name] = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0
             else:
-                seconds[name] += times
-    plain = statistics.median(seconds["plain"])
-    found = {}
-    for name in ways:
-        median = statistics.median(seconds[name])
-        found[name] = {
-            "seconds": round(median, 4), "ratio": round(median / plain, 3), "bytes kept": kept[name],
-            "peak bytes": peak[name],
-        }  # fmt: skip
+                seconds[name].append(statistics.median(times))
+    found = {
+        name: {
+            "seconds": round(statistics.median(seconds[name]), 4), "ratio": median_ratio(seconds[name], seconds["plain"]),
+            "bytes kept": kept[name], "peak bytes": peak[name],
+        } for name in ways
+    }  # fmt: skip
     parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
     latent = zero_latent(shape, 1)
     target = random_target(heads[:1], latent, end_percent=0.5)

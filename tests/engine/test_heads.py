@@ -59,6 +59,17 @@ def test_resizing_after_the_first_convolution_equals_resizing_the_features_first
     torch.testing.assert_close(network(features, emb, SIZE), network(resized, emb, SIZE))
 
 
+def test_a_light_readout_and_its_gradient_are_the_same(make_head, make_features):
+    network, (features, emb) = make_head("spatial").network, make_features(2)
+    features = [f.requires_grad_() for f in features]
+    found = []
+    for light in (False, True):
+        readout = network(features, emb, SIZE, light=light)
+        found.append((readout, *torch.autograd.grad(readout.square().sum(), features)))
+    for plain, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, plain)
+
+
 def test_a_large_mixing_weight_leaves_one_layer(make_head, make_features):
     network, (features, emb) = make_head("appearance").network, make_features()
     network.mixing_weights.copy_(torch.tensor([0.0, 100.0, 0.0]))

@@ -134,20 +134,23 @@ def has_free(monkeypatch, size: float) -> None:
     monkeypatch.setattr(comfy.model_management, "get_free_memory", get_free_memory)
 
 
-def chosen(model, branches=1):
+def size_of(model, branches=1):
     backbone = engine("comfy_host.guided_model").backbone_of(model)
-    return engine("comfy_host.memory").choose_graph(model, backbone, SHAPE, branches)
+    return engine("comfy_host.memory").GraphSize(backbone=backbone, heads=(), branches=branches)
+
+
+def chosen(model, branches=1):
+    return engine("comfy_host.memory").choose_graph(model, size_of(model, branches), SHAPE)
 
 
 def needed(model, branches=1) -> float:
     """By a guided run with the full graph: what ComfyUI asks for, the weights that are not loaded yet, and the graph."""
     import comfy.model_management
 
-    memory, backbone = engine("comfy_host.memory"), engine("comfy_host.guided_model").backbone_of(model)
-    graph = memory.graph_bytes(model, backbone, SHAPE)
+    graph = size_of(model, branches).bytes(model, SHAPE, "full")
     sampling = model.model.memory_required([2, *SHAPE[1:]])
     weights = model.model_size() - model.loaded_size()
-    return sampling + weights + branches * graph + comfy.model_management.extra_reserved_memory()
+    return sampling + weights + graph + comfy.model_management.extra_reserved_memory()
 
 
 @pytest.mark.parametrize("loaded", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -14,9 +15,9 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 
 
 @contextlib.contextmanager
-def most_kept(network):
-    """Counts the bytes that are kept for backward at a time, weights apart; gives a list of the most."""
-    weights = {p.untyped_storage()._cdata for p in network.parameters()}
+def most_kept(network, *others):
+    """Counts the bytes that are kept for backward at a time, weights (and others) apart; gives a list of the most."""
+    weights = {p.untyped_storage()._cdata for p in (*network.parameters(), *others)}
     counts: dict[int, int] = {}
     now, most = [0], [0]
 
@@ -67,12 +68,37 @@ def test_the_estimate_is_near_what_is_kept(shape, graph):
             if graph == "light":  # what runs again in backward keeps something too, on top of what is still kept
                 torch.autograd.grad(maps, x, [torch.ones_like(map_) for map_ in maps])
     patcher = SimpleNamespace(model=model, model_dtype=lambda: torch.float16)
-    estimated = memory.graph_bytes(patcher, backbone, latent, graph) / (1 + memory.BACKWARD_SHARE)
-    assert 0.95 * most[0] <= estimated <= 1.1 * most[0]
+    cells = shape.cells**2
+    assert 0.95 * most[0] <= 2 * cells * memory.GRAPH_ELEMENTS_PER_CELL[backbone.name][graph] <= 1.1 * most[0]
+    features_in_fp32 = 4 * sum(map_.numel() for map_ in maps)
+    assert 0.95 * features_in_fp32 <= 4 * cells * memory.FEATURE_ELEMENTS_PER_CELL <= 1.1 * features_in_fp32
+    of_head, estimated = kept_by_head(graph == "light", maps)
+    assert 0.9 * of_head <= estimated <= 1.1 * of_head
+    head = SimpleNamespace(network=engine("heads.aggregation").AggregationNetwork(backbone.channels, output_channels=3))
     for branches in (1, 2):
-        roomy = memory.with_room_for_graph(patcher, backbone, latent, graph, branches)
+        size = memory.GraphSize(backbone=backbone, heads=(head, head), branches=branches)
+        roomy = memory.with_room_for_graph(patcher, size, latent, graph)
         plain, asked = (model.memory_required([2 * b, *latent[1:]]) for b in (1, roomy[0]))
-        assert asked >= plain + branches * most[0]
+        assert asked >= plain + branches * most[0] + 2 * features_in_fp32 + of_head
+
+
+def kept_by_head(light, maps) -> tuple[int, int]:
+    """Bytes that a head of the authors' size keeps for backward: counted, and by its own count.
+
+    Of bottlenecks that run again those of one are counted (torch's checkpoint has hooks of its own).
+    """
+    aggregation = engine("heads.aggregation")
+    size = tuple(maps[-1].shape[-2:])
+    with FakeTensorMode(), torch.inference_mode(False), torch.enable_grad():
+        network = aggregation.AggregationNetwork([map_.shape[1] for map_ in maps], output_channels=3).requires_grad_(False)
+        copies = [torch.empty(map_.shape, requires_grad=True) for map_ in maps]
+        with most_kept(network, *copies) as whole:
+            readout = network(copies, torch.empty(1, network.emb_width), size, light=light)
+        with most_kept(network, *copies) as one:
+            again = network.bottleneck_layers[-1](copies[-1], torch.empty(1, network.emb_width), size)
+        del readout, again
+    aggregation._interpolation.cache_clear()  # of tensors without numbers
+    return whole[0] + (one[0] if light else 0), 4 * math.prod(size) * network.kept_channels(light)
 
 
 @pytest.mark.parametrize("graph", ["full", "light"])
@@ -93,5 +119,8 @@ def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(smal
     small.plain(model=guided, steps=3)
     (asked_shape,) = asked
     picture, all_pictures = (small.model.model.memory_required([2 * b, 4, 16, 16]) for b in (1, asked_shape[0]))
-    one = engine("comfy_host.memory").graph_bytes(small.model, guided_model.backbone_of(small.model), [1, 4, 16, 16], graph)
-    assert branches * one <= all_pictures - picture < branches * one + picture
+    size = engine("comfy_host.memory").GraphSize(
+        backbone=guided_model.backbone_of(small.model), heads=(small.head("spatial"),), branches=branches
+    )
+    needed = size.bytes(small.model, [1, 4, 16, 16], graph)
+    assert needed <= all_pictures - picture < needed + picture
