@@ -37,7 +37,11 @@ def mode_and_strength() -> list[Any]:
             "the paper's own procedure, a small AdamW step at each step; slower. norm_ratio: as Sketch-Guided "
             "Diffusion, each step moves by a share of the sampler's own step.",
         ),
-        io.Int.Input("iterations", default=1, min=1, max=50, tooltip="Updates a step in reference mode. fast ignores it."),
+        io.Int.Input(
+            "iterations", default=1, min=1, max=50,
+            tooltip="fast: moves in each tenth of the denoising; more, shorter ones follow more exactly, and each takes "
+            "about half a step's time. reference: updates a step.",
+        ),
         io.Float.Input(
             "source_cfg", default=-1.0, min=-1.0, max=100.0, step=0.1,
             tooltip="cfg of the source, the unguided picture that drag and appearance targets start from. -1: the same cfg.",

@@ -26,8 +26,8 @@ MIN_TIME = 1e-4
 class GuidanceSettings:
     """How to guide.
 
-    strength 1.0 is the paper's amount in both modes; iterations counts the updates of a step in reference mode; source_cfg
-    below 0 is the guided run's own cfg; interval is fast mode's shortest time between guided steps, 0..1.
+    strength 1.0 is the paper's amount in both modes. iterations counts the moves of each interval of the diffusion time
+    (0..1) in fast mode, and the updates of a step in reference mode. source_cfg below 0 is the guided run's own cfg.
     """
 
     strength: float = 1.0
@@ -76,22 +76,23 @@ def make_plan(
     """Choose the guided steps.
 
     A target guides in the steps whose sigma lies in its range, both ends included, as on ControlNet. In fast mode a step
-    is skipped until ``interval`` of the diffusion time has passed since the last guided one; each guided step stands
-    for the time until the next (or until its targets end), the first one of a range also for the time since the range
-    began, and its move is in proportion.
+    is skipped until ``interval / iterations`` of the diffusion time has passed since the last guided one; each guided step
+    stands for the time until the next (or until its targets end), the first one of a range also for the time since the
+    range began, and its move is in proportion.
 
     Args: ranges, each target's start and end percent; sigmas (steps + 1), descending, of the sampler; percent_to_sigma of
     the model.
     """
     if settings.strength == 0:
         return Plan(steps=())
+    interval = settings.interval / settings.iterations
     limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
     chosen: list[tuple[int, float, tuple[int, ...]]] = []
     last = -math.inf
     for step, sigma in enumerate(sigmas[:-1]):
         active = tuple(i for i, (start, end) in enumerate(limits) if end <= sigma <= start)
         percent = percent_of(sigma, percent_to_sigma)
-        if not active or (settings.mode == "fast" and percent - last < settings.interval * 0.999):
+        if not active or (settings.mode == "fast" and percent - last < interval * 0.999):
             continue
         chosen.append((step, percent, active))
         last = percent

@@ -96,6 +96,14 @@ def test_fast_mode_guides_once_in_an_interval_and_reference_mode_at_every_step()
     assert [step.step for step in reference.steps] == list(range(25))
 
 
+@pytest.mark.parametrize("iterations", [2, 5])
+def test_more_iterations_are_more_and_shorter_moves_of_a_path_as_long(iterations):
+    settings = GuidanceSettings(interval=0.1, iterations=iterations)
+    plan = make_plan([(0.0, 0.5)], sd_steps(100), settings, sd)
+    assert len(plan.steps) == 5 * iterations
+    assert path(plan) == pytest.approx(PATH_PER_TIME * 0.5, rel=0.05)
+
+
 def test_a_fast_step_moves_in_proportion_to_the_time_until_the_next():
     sigmas = [flow(p) for p in (0.0, 0.1, 0.3, 0.4, 1.0)]
     plan = make_plan([(0.0, 0.5)], sigmas, GuidanceSettings(strength=2.0), flow)

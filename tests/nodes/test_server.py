@@ -270,5 +270,5 @@ def test_after_an_interrupt_a_prompt_gives_what_it_gave_before(server, workflow)
     server.wait(lambda: re.search(r"\b[1-9]\d*/1000\b", server.log()), "a few of the steps")
     server.request("/interrupt", {})
     assert "execution_interrupted" in dict(server.finished(stopped)["status"]["messages"])
-    change(prompt, "RG_ReadoutGuidedKSampler", iterations=2)  # fast ignores it, but ComfyUI's cache of results does not
+    change(prompt, "RG_ReadoutGuidedKSampler", source_cfg=1.0)  # a pose ignores it, but ComfyUI's cache of results does not
     assert picture(server, server.run(prompt)).tobytes() == before.tobytes()
