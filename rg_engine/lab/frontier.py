@@ -19,6 +19,17 @@ from .steering import STEPS, Way, scene_scores, steer
 HEADS = ("demo_pose", "demo_depth", "demo_edges", "demo_keypoints", "demo_sketch")
 #: Ways of guiding, all with STEPS steps; with those of STEP_COUNTS the default is measured as well.
 WAYS = {
+    "fast, each 0.25": GuidanceSettings(interval=0.25),
+    "fast, each 0.17": GuidanceSettings(interval=0.17),
+    "fast (default)": GuidanceSettings(),
+    "fast, 2 iterations": GuidanceSettings(iterations=2),
+    "fast, each step": GuidanceSettings(iterations=4),
+    "reference": GuidanceSettings(mode="reference"),
+    "reference, 3 updates": GuidanceSettings(mode="reference", iterations=3),
+    "norm_ratio": GuidanceSettings(mode="norm_ratio"),
+}
+STEP_COUNTS the default is measured as well.
+WAYS = {
     "fast, every step": GuidanceSettings(interval=0.0),
     "fast, each 0.05": GuidanceSettings(interval=0.05),
     "fast (default)": GuidanceSettings(),
