@@ -28,17 +28,6 @@ WAYS = {
     "reference, 3 updates": GuidanceSettings(mode="reference", iterations=3),
     "norm_ratio": GuidanceSettings(mode="norm_ratio"),
 }
-STEP_COUNTS the default is measured as well.
-WAYS = {
-    "fast, every step": GuidanceSettings(interval=0.0),
-    "fast, each 0.05": GuidanceSettings(interval=0.05),
-    "fast (default)": GuidanceSettings(),
-    "fast, each 0.17": GuidanceSettings(interval=0.17),
-    "fast, each 0.25": GuidanceSettings(interval=0.25),
-    "reference": GuidanceSettings(mode="reference"),
-    "reference, 3 updates": GuidanceSettings(mode="reference", iterations=3),
-    "norm_ratio": GuidanceSettings(mode="norm_ratio"),
-}
 STEP_COUNTS = (8, 20, 50)
 COLOURS = dict(zip(HEADS, [(204, 76, 60), (52, 110, 190), (50, 150, 90), (150, 90, 190), (200, 140, 40)], strict=True))
 
