@@ -149,12 +149,12 @@ def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """
     if x.shape[-2:] == size:
         return x
-    down, across = (_interpolation(n, m, x.device, x.dtype) for n, m in zip(x.shape[-2:], size, strict=True))
+    down, across = (interpolation(n, m, x.device, x.dtype) for n, m in zip(x.shape[-2:], size, strict=True))
     return down @ (x @ across.T)  # (H, h) @ ((B, C, h, w) @ (w, W))
 
 
 @functools.lru_cache(maxsize=64)
-def _interpolation(count: int, wanted: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+def interpolation(count: int, wanted: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """(wanted, count): linear interpolation of ``count`` samples to ``wanted``."""
     with torch.inference_mode(False), torch.no_grad():
         matrix = F.interpolate(torch.eye(count, dtype=torch.float64)[None], size=wanted, mode="linear")[0].T

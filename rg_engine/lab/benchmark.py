@@ -12,7 +12,6 @@ import json
 import logging
 import statistics
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_
 from .demo_world import load_world
 from .evaluate import markdown
 from .frontier import measure_frontier, plot_frontier
+from .operations import count_kept_bytes, operations_table
 from .timing import median_ratio, model_calls, whole_picture_ratio
 from .workflow import Executor, load_extension, read_workflow, with_inputs
 
@@ -64,12 +64,13 @@ WAYS = {
 @torch.inference_mode()
 def run_benchmark(
     out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None, *,
-    pictures: list[int] | None = None, frontier: int = 0, runs: int = 0,
+    pictures: list[int] | None = None, frontier: int = 0, runs: int = 0, counted: list[str] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the shapes; prints tables, writes benchmark.json.
 
     pictures: whole pictures of so many steps as well. frontier: control against cost on so many pictures of the demo model,
-    with a plot, frontier.png. runs: so many guided runs of the example workflow one after another, for their memory.
+    with a plot, frontier.png. counted: shapes whose operations and bytes are counted instead. runs: so many guided runs of
+    the example workflow one after another, for their memory.
     """
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
@@ -89,6 +90,9 @@ def run_benchmark(
             print(f"a picture of {steps} steps, guided as by default: {ratio:.3f} of a plain one")
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
+    for name in counted or []:
+        report[f"{name}, counted"] = operations_table(SHAPES[name])
+        print(f"\n{name}, fp16, counted\n{markdown(report[f'{name}, counted'])}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     if runs:
         report["resident MiB after runs"] = sizes = memory_over_runs(runs)
@@ -112,11 +116,12 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
     seconds: dict[str, list[float]] = {name: [] for name in ways}  # medians, one a turn
     kept: dict[str, int] = {}
     peak: dict[str, int] = {}
+    weights = list(model.model.diffusion_model.parameters())
     for turn in range(turns + 1):
         for name in ways:
             way = WAYS[name]
             conds = controlled if way.controlnet and controlled is not None else (positive, negative)
-            counting = count_kept_bytes(model) if turn == 0 else contextlib.nullcontext([0])
+            counting = count_kept_bytes(*weights) if turn == 0 else contextlib.nullcontext([0])
             if turn == 0 and torch.cuda.is_available():
                 torch.cuda.reset_peak_memory_stats()
             with counting as most:
@@ -132,7 +137,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
             "bytes kept": kept[name], "peak bytes": peak[name],
         } for name in ways
     }  # fmt: skip
-    parameters = sum(p.numel() for p in model.model.diffusion_model.parameters())
+    parameters = sum(p.numel() for p in weights)
     latent = zero_latent(shape, 1)
     target = random_target(heads[:1], latent, end_percent=0.5)
     whole = {
@@ -167,31 +172,6 @@ def random_target(heads: list[ReadoutHead], latent: Tensor, end_percent: float) 
     for head in heads:
         target = Target(head=head, image=picture, end_percent=end_percent, previous=target)
     return target
-
-
-@contextlib.contextmanager
-def count_kept_bytes(model: Any) -> Iterator[list[int]]:
-    """Counts what autograd and its Functions hold for backward at a time, weights apart; gives a list of the most bytes."""
-    weights = {p.untyped_storage().data_ptr() for p in model.model.diffusion_model.parameters()}
-    counts: dict[int, int] = {}
-    now, most = [0], [0]
-
-    class Kept:
-        def __init__(self, tensor: Tensor) -> None:
-            # Detached: an operation's own output would keep its graph alive, which would keep this, which would keep it.
-            self.tensor, self.place = tensor.detach(), tensor.untyped_storage().data_ptr()
-            counts[self.place] = counts.get(self.place, 0) + 1
-            if counts[self.place] == 1 and self.place not in weights:
-                now[0] += tensor.untyped_storage().nbytes()
-                most[0] = max(most[0], now[0])
-
-        def __del__(self) -> None:
-            counts[self.place] -= 1
-            if not counts[self.place] and self.place not in weights:
-                now[0] -= self.tensor.untyped_storage().nbytes()
-
-    with torch.autograd.graph.saved_tensors_hooks(Kept, lambda kept: kept.tensor):
-        yield most
 
 
 def _name(device: torch.device) -> str:

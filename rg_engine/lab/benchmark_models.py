@@ -57,8 +57,8 @@ SHAPES = {
 TOKENS = 77
 
 
-def random_model(shape: Shape, dtype: torch.dtype) -> Any:
-    """A MODEL with random weights of ``dtype`` (a ModelPatcher; its weights load to the device as ComfyUI decides)."""
+def describe(shape: Shape, dtype: torch.dtype) -> Any:
+    """ComfyUI's description of a model of this shape, from which it makes one."""
     config = {**shape.config, "dtype": dtype}
     if shape.config is UNET_CONFIG:
         described: Any = DemoModelConfig(config)
@@ -68,8 +68,13 @@ def random_model(shape: Shape, dtype: torch.dtype) -> Any:
         kind = type("RandomModel", (family,), {"unet_extra_config": {**family.unet_extra_config, **heads}})
         described = kind(config)
     described.unet_config["dtype"] = dtype
+    return described
+
+
+def random_model(shape: Shape, dtype: torch.dtype) -> Any:
+    """A MODEL with random weights of ``dtype`` (a ModelPatcher; its weights load to the device as ComfyUI decides)."""
     load, offload = comfy.model_management.get_torch_device(), comfy.model_management.unet_offload_device()
-    model = described.get_model({}, "", device=load)
+    model = describe(shape, dtype).get_model({}, "", device=load)
     randomise(model.diffusion_model)
     return comfy.model_patcher.ModelPatcher(model, load_device=load, offload_device=offload)
 
@@ -89,17 +94,22 @@ def random_conds(model: Any, shape: Shape, seed: int) -> list:
     return [[torch.randn(1, TOKENS, shape.config["context_dim"], generator=generator), more]]
 
 
-def with_controlnet(prompts: Sequence[list], shape: Shape, dtype: torch.dtype) -> list[list]:
-    """The prompts with one ControlNet of the network's own shape, random weights and a random control picture."""
+def control_network(shape: Shape, dtype: torch.dtype) -> nn.Module:
+    """A ControlNet of the network's own shape, without weights."""
     names = ("model_channels", "num_res_blocks", "channel_mult", "transformer_depth", "transformer_depth_middle",
              "context_dim", "use_linear_in_transformer", "adm_in_channels", "in_channels", "image_size", "legacy",
              "use_spatial_transformer", "use_checkpoint", "num_classes")  # fmt: skip
     config = {name: shape.config[name] for name in names if name in shape.config}
     heads = {"num_head_channels": 64} if shape.config["adm_in_channels"] else {"num_heads": 8, "num_head_channels": -1}
     device = comfy.model_management.get_torch_device()
-    network = comfy.cldm.cldm.ControlNet(
+    return comfy.cldm.cldm.ControlNet(
         **config, **heads, hint_channels=3, dtype=dtype, device=device, operations=comfy.ops.disable_weight_init
     )
+
+
+def with_controlnet(prompts: Sequence[list], shape: Shape, dtype: torch.dtype) -> list[list]:
+    """The prompts with one ControlNet of the network's own shape, random weights and a random control picture."""
+    network = control_network(shape, dtype)
     randomise(network)
     control = comfy.controlnet.ControlNet(network, load_device=comfy.model_management.get_torch_device())
     side = 8 * shape.cells

@@ -37,7 +37,7 @@ def test_a_guided_step_keeps_less_than_half(name, mode, monkeypatch):
     kept = {}
     for graph in ("full", "light"):
         way = benchmark.Way(heads=1, settings=settings, graph=graph)
-        with benchmark.count_kept_bytes(model) as most:
+        with benchmark.count_kept_bytes(*model.model.diffusion_model.parameters()) as most:
             benchmark.step_seconds(model, way, heads, conds, models.zero_latent(shape, 1))
         kept[graph] = most[0]
     assert 0 < kept["light"] <= kept["full"] / 2
