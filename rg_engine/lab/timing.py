@@ -64,7 +64,7 @@ def time_demo(settings: GuidanceSettings, steps: int) -> float:
     picture = scene_pictures(0, 1, figure_only=True).pose
     conds = [[clip.encode("a red figure, grey wall"), {}]], [[clip.encode(""), {}]]
     target = Target(head=demo_head("demo_pose"), image=picture)
-    latent = torch.zeros(PICTURES, 4, 16, 16)
+    latent = torch.zeros(PICTURES, model.model.latent_format.latent_channels, 16, 16)
     return whole_picture_ratio(model, target, settings, conds, latent, steps=steps, turns=TURNS)
 
 

@@ -24,8 +24,7 @@ def correspondence_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends
     arrived = F.cosine_similarity(origin, gather(readout, ends, truncate), dim=1)  # (B, N)
     stayed = F.cosine_similarity(origin, gather(readout, starts, truncate), dim=1)
     moving = (starts != ends).any(1)  # (N,)
-    if moving.any():
-        stayed = torch.where(moving, stayed, -1)
+    stayed = torch.where(moving | ~moving.any(), stayed, -1)
     return 0.5 * ((stayed + 1) / 2).mean(1) - 0.5 * ((arrived + 1) / 2).mean(1)
 
 
@@ -35,12 +34,10 @@ def gather(maps: Tensor, points: Tensor, truncate: bool = False) -> Tensor:
     A cell's value sits at its centre; between centres it is interpolated, beyond the outermost ones it stays the same.
     """
     height, width = maps.shape[-2:]
-    scale = torch.tensor([width, height], device=points.device, dtype=points.dtype)
+    x, y = points[:, 0] * width, points[:, 1] * height
     if truncate:
-        x, y = (points * scale).floor().long().unbind(-1)
-        return maps[:, :, y.clamp(0, height - 1), x.clamp(0, width - 1)]
-    x, y = (points * scale - 0.5).unbind(-1)
-    x, y = x.clamp(0, width - 1), y.clamp(0, height - 1)
+        return maps[:, :, y.floor().long().clamp(0, height - 1), x.floor().long().clamp(0, width - 1)]
+    x, y = (x - 0.5).clamp(0, width - 1), (y - 0.5).clamp(0, height - 1)
     left, top = x.floor().long(), y.floor().long()
     right, bottom = (left + 1).clamp_max(width - 1), (top + 1).clamp_max(height - 1)
     across, down = (x - left).to(maps.dtype), (y - top).to(maps.dtype)
