@@ -47,7 +47,7 @@ def break_tap(small, monkeypatch):
 
 
 def break_head(small, monkeypatch):
-    def fail(self, *_):
+    def fail(*_, **__):
         raise Broken
 
     monkeypatch.setattr(engine("heads.aggregation").AggregationNetwork, "forward", fail)

@@ -277,7 +277,7 @@ def test_the_model_is_as_before(small, lesson, home, kind, how):
 def test_an_error_while_the_head_learns_leaves_the_model_as_before(small, lesson, home, monkeypatch):
     before, before_modes = fingerprint(small.model), modes()
     with monkeypatch.context() as patched:
-        patched.setattr(engine("heads.aggregation").AggregationNetwork, "forward", lambda *_: fail())
+        patched.setattr(engine("heads.aggregation").AggregationNetwork, "forward", lambda *_, **__: fail())
         with pytest.raises(Broken):
             lesson.train()
     assert (fingerprint(small.model), modes()) == (before, before_modes)
