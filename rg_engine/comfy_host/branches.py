@@ -24,7 +24,7 @@ from ..features import Backbone, FeatureTap
 from ..guidance import Branch, Objective, SourceStep
 from .frozen_layers import plain
 from .gradient_scope import GradientScope
-from .saved_tensors import in_place_allowed
+from .saved_tensors import beside_other_nodes
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 _NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
@@ -131,7 +131,7 @@ class BranchReader:
             return denoised
         network = self._model.diffusion_model
         scope = self._scope if self._scope is not None and self._scope.network is network else GradientScope(network)
-        with scope, _in_place_allowed(control, options), FeatureTap(network, self._backbone) as tap:
+        with scope, _beside_others(control, options, scope), FeatureTap(network, self._backbone) as tap:
             leaf = x.detach().clone().requires_grad_()
             denoised = executor(
                 leaf,
@@ -181,13 +181,13 @@ class BranchReader:
             self._gradients.setdefault(branch, []).append(gradient[rows].float() / gain / scale[rows])
 
 
-def _in_place_allowed(control: Any, options: dict[str, Any]) -> contextlib.AbstractContextManager[Any]:
-    """ControlNets' outputs are added in place, and other nodes' patches may write in place, to what backward needs.
+def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:
+    """ControlNets' outputs are added in place, and other nodes' patches and layers do what inference allows.
 
-    Such tensors are copied before they change; that slows every operation a little, so it is on only then.
+    Making room for that slows every operation a little, so it is on only then.
     """
-    if control is not None or options.get("patches") or options.get("patches_replace"):
-        return in_place_allowed()
+    if scope.shared or control is not None or options.get("patches") or options.get("patches_replace"):
+        return beside_other_nodes()
     return contextlib.nullcontext()
 
 

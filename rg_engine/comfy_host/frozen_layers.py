@@ -18,6 +18,8 @@ from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .saved_tensors import other_nodes
+
 Forward = Callable[..., Any]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
@@ -106,21 +108,22 @@ class _FrozenLayer(torch.autograd.Function):
 
 
 class _RunAgain(torch.autograd.Function):
-    """``function(x)``, of which x alone is kept; it runs again in backward, and draws the same random numbers if it draws
-    some."""
+    """``function(x)``, of which x alone is kept; it runs again in backward. Other nodes' code in it (ToMe) draws the same
+    random numbers then."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor], draws: bool = False) -> Tensor:  # type: ignore[override]
-        ctx.function, ctx.states = function, _random_states(x.device) if draws else []
+    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
+        ctx.function, ctx.others = function, other_nodes()
+        ctx.states = _random_states(x.device) if ctx.others else []
         ctx.save_for_backward(x)
         return function(x)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        with torch.enable_grad(), _drawing_from(ctx.states, gradient.device):
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+        with torch.enable_grad(), _drawing_from(ctx.states, gradient.device), ctx.others or contextlib.nullcontext():
             x = ctx.saved_tensors[0].detach().requires_grad_()
             y = ctx.function(x)
-        return torch.autograd.grad(y, x, gradient)[0], None, None
+        return torch.autograd.grad(y, x, gradient)[0], None
 
 
 RandomState = tuple[Callable[[Tensor], None], Tensor]  # of a generator: what sets it, and what it is
@@ -201,8 +204,7 @@ def _run_again(block: nn.Module) -> Forward:
 
     def forward(x: Tensor, context: Any = None, transformer_options: dict[str, Any] | None = None) -> Tensor:
         options = dict(transformer_options or {})  # as it is now: the network changes it from block to block
-        patched = bool(options.get("patches") or options.get("patches_replace"))
-        return _RunAgain.apply(x, lambda inner: original(inner, context, dict(options)), patched)
+        return _RunAgain.apply(x, lambda inner: original(inner, context, dict(options)))
 
     return forward
 

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .frozen_layers import casts_weights, frozen_forward, is_known, light_forward, may_be_light
+from .saved_tensors import ordinary
 
 #: What is kept for backward. full: what autograd keeps, but no weights that were cast; light: about a third of it, at the
 #: cost of running transformer blocks twice.
@@ -35,17 +36,20 @@ class GradientScope:
 
     def __init__(self, network: nn.Module, graph: Graph = "full") -> None:
         self.network, self.graph = network, graph
+        self.shared = False  # inside: whether other nodes' code runs in the network's layers
         self._modules = [m for m in network.modules() if m._parameters or m._buffers or may_be_light(m)]
         self._aliases: dict[int, Tensor] = {}  # by the id of the parameter; both live as long as the run
         self._kept: list[tuple[dict[str, Any], str, Any]] = []  # (table, name, what it held); MISSING if nothing
         self._modes = contextlib.ExitStack()
 
     def __enter__(self) -> GradientScope:
+        self.shared = False
         forward_of = light_forward if self.graph == "light" else frozen_forward
         try:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
             for module in self._modules:
+                self.shared |= bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
                 casts = casts_weights(module)
                 forward = forward_of(module, casts)
                 if forward is not None:
@@ -76,10 +80,7 @@ class GradientScope:
             if alias is None or alias.data_ptr() != tensor.data_ptr() or alias.dtype != tensor.dtype:
                 if type(tensor.data) is not Tensor:  # quantised, in a class of its own
                     continue
-                alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-                alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
-                if as_parameter:
-                    alias = nn.Parameter(alias, requires_grad=False)
+                alias = nn.Parameter(ordinary(tensor), requires_grad=False) if as_parameter else ordinary(tensor)
                 self._aliases[id(tensor)] = alias
             self._replace(table, name, alias)
 

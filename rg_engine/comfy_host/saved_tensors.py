@@ -1,6 +1,7 @@
-"""In-place writes to tensors that backward needs.
+"""What other nodes do inside the network while autograd is on: their patches and layers were written for inference.
 
-``torch.autograd.graph.allow_mutation_on_saved_tensors`` is meant for this, but takes tensors for one another: it knows
+They write in place to tensors that backward needs, and their own weights are inference tensors, which autograd refuses to
+keep. ``torch.autograd.graph.allow_mutation_on_saved_tensors`` is meant for this, but takes tensors for one another: it knows
 them by object id, address and version, which a new tensor may share with one that was copied and is gone. Backward then
 now and then works with another layer's activations (seen in PyTorch 2.15: gradients off by 30-75% in one run of a dozen).
 """
@@ -8,12 +9,14 @@ now and then works with another layer's activations (seen in PyTorch 2.15: gradi
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import weakref
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -53,12 +56,51 @@ class _CopyBeforeWrite(TorchDispatchMode):
             saved.tensor = saved.tensor.detach().clone()
 
 
+class _NoInferenceTensors(TorchFunctionMode):
+    """Functions get ordinary tensors in the place of inference tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ordinary: dict[int, tuple[Tensor, Tensor]] = {}  # by id; the tensor is held, so that its id stays its own
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*map(self._plain, args), **{name: self._plain(value) for name, value in (kwargs or {}).items()})
+
+    def _plain(self, value: Any) -> Any:
+        if type(value) in (list, tuple):
+            return type(value)(map(self._plain, value))
+        if type(value) not in (Tensor, nn.Parameter) or not value.is_inference():
+            return value
+        if id(value) not in self._ordinary:
+            self._ordinary[id(value)] = value, ordinary(value)
+        return self._ordinary[id(value)][1]
+
+
+_others: contextvars.ContextVar[_NoInferenceTensors | None] = contextvars.ContextVar("others", default=None)
+
+
 @contextlib.contextmanager
-def in_place_allowed() -> Iterator[None]:
-    """A scope in which tensors that were saved for backward may be written to; backward sees them as they were."""
-    mode = _CopyBeforeWrite()
-    with mode, torch.autograd.graph.saved_tensors_hooks(mode.pack, lambda saved: saved.tensor):
-        yield
+def beside_other_nodes() -> Iterator[None]:
+    """A scope in which tensors that were saved for backward may be written to (backward sees them as they were), and
+    functions take inference tensors."""
+    mode, functions = _CopyBeforeWrite(), _NoInferenceTensors()
+    before = _others.set(functions)
+    try:
+        with mode, functions, torch.autograd.graph.saved_tensors_hooks(mode.pack, lambda saved: saved.tensor):
+            yield
+    finally:
+        _others.reset(before)
+
+
+def other_nodes() -> _NoInferenceTensors | None:
+    """Inside of :func:`beside_other_nodes`, what layers that run again in backward have to run in, where it is not on."""
+    return _others.get()
+
+
+def ordinary(tensor: Tensor) -> Tensor:
+    """A tensor that is no inference tensor, over the same storage."""
+    alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
 
 
 def _address(tensor: Tensor) -> int:

@@ -82,16 +82,70 @@ def test_an_inpaint_mask_keeps_what_is_outside(small, sampler, mode):
     assert not torch.allclose(guided[..., :8], unguided[..., :8], atol=1e-2)
 
 
-def test_a_lora(small):
-    import comfy.sd
-
+def lora_of(weight) -> dict:
+    """Of a convolution in the middle of the decoder."""
     generator = torch.Generator().manual_seed(0)
-    weight = small.model.model.diffusion_model.output_blocks[6][0].in_layers[2].weight
     name = "lora_unet_up_blocks_2_resnets_0_conv1"
-    lora = {
+    return {
         f"{name}.lora_up.weight": torch.randn(weight.shape[0], 2, 1, 1, generator=generator) * 0.3,
         f"{name}.lora_down.weight": torch.randn(2, *weight.shape[1:], generator=generator) * 0.3,
     }
+
+
+@pytest.mark.parametrize("graph", ["full", "light"])
+@pytest.mark.parametrize("kind", ["attn1_output_patch", "forward"])
+def test_other_nodes_code_with_weights_of_its_own(small, kind, graph, monkeypatch):
+    """As IPAdapter's patches and bypass LoRAs have them: made in inference mode, multiplied with what has a gradient."""
+    model, widths = small.model.clone(), {}
+
+    def added(n):
+        width = n.shape[-1]
+        if width not in widths:
+            widths[width] = torch.randn(width, width, generator=torch.Generator().manual_seed(width)) * 0.3 / width**0.5
+        return n + n @ widths[width]
+
+    if kind == "forward":
+        layer = model.model.diffusion_model.output_blocks[6][0].emb_layers[1]
+        original = layer.forward
+        monkeypatch.setattr(layer, "forward", lambda emb: added(original(emb)))
+        query = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn1.to_q
+        ask = query.forward
+        monkeypatch.setattr(query, "forward", lambda x: added(ask(x)))
+    else:
+        model.set_model_attn1_output_patch(lambda n, options: added(n))
+    unguided = small.plain(model=model, steps=2)
+    assert all(weight.is_inference() for weight in widths.values())
+    settings = engine("guidance").GuidanceSettings(strength=2.0)
+    guided = small.plain(model=engine("comfy_host.guided_model").guide(model, small.target(), settings, graph), steps=2)
+    assert guided.isfinite().all()
+    assert not torch.allclose(guided, unguided, atol=1e-2)
+
+
+@pytest.mark.parametrize("graph", ["full", "light"])
+def test_a_lora_beside_the_weights(small, graph):
+    """ComfyUI's newer bypass LoRAs run beside a layer, and leave its weight as it is."""
+    import comfy.sd
+
+    if not hasattr(comfy.sd, "load_bypass_lora_for_models"):
+        pytest.skip("this ComfyUI has none")
+    lora = lora_of(small.model.model.diffusion_model.output_blocks[6][0].in_layers[2].weight)
+    beside, _ = comfy.sd.load_bypass_lora_for_models(small.model, None, lora, 1.0, 0.0)
+    within, _ = comfy.sd.load_lora_for_models(small.model, None, lora, 1.0, 0.0)
+    settings = engine("guidance").GuidanceSettings(strength=2.0)
+    guide = engine("comfy_host.guided_model").guide
+    found, wanted, unguided = (
+        small.plain(model=model, steps=2)  # with more steps, rounding grows
+        for model in (guide(beside, small.target(), settings, graph), guide(within, small.target(), settings, graph), beside)
+    )
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-3)
+    assert not torch.allclose(found, unguided, atol=1e-2)
+
+
+def test_a_lora(small):
+    import comfy.sd
+
+    weight = small.model.model.diffusion_model.output_blocks[6][0].in_layers[2].weight
+    lora = lora_of(weight)
     model, _ = comfy.sd.load_lora_for_models(small.model, None, lora, 1.0, 0.0)
     before = weight.clone()
     unguided = small.plain(model=model)
