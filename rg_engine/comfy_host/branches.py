@@ -162,13 +162,14 @@ class BranchReader:
             rows = slice(n * self._batch, (n + 1) * self._batch)
             features = [f[rows].detach().float().requires_grad_() for f in read.features]
             part = Branch(features=features, emb=read.emb[rows], z=read.z[rows], noise_level=read.noise_level[rows])
-            total, found = features[0].new_zeros(self._batch), [torch.zeros_like(f) for f in features]
+            found: list[Tensor] = []
+            total = features[0].new_zeros(self._batch)
             for targets in self._objective.by_head(self._active):
                 loss, readouts = self._objective.loss(part, targets, self._sources.get(branch), light=light)
                 total += loss.detach()
                 self.readouts |= {i: readout.detach() for i, readout in readouts.items()}
                 gradients = torch.autograd.grad(loss.sum(), features, allow_unused=True, materialize_grads=True)
-                torch._foreach_add_(found, gradients)
+                found = [a + b for a, b in zip(found, gradients, strict=True)] if found else list(gradients)
             self._losses.setdefault(branch, []).append(total)
             largest = torch.stack([g.abs().amax() for g in found]).amax()
             gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)

@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import comfy.ops
@@ -18,6 +18,7 @@ from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .random_state import random_state_kept, random_states, set_random_states
 from .saved_tensors import other_nodes
 
 Forward = Callable[..., Any]
@@ -114,38 +115,21 @@ class _RunAgain(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
         ctx.function, ctx.others = function, other_nodes()
-        ctx.states = _random_states(x.device) if ctx.others else []
+        ctx.states = random_states(x.device) if ctx.others else []
         ctx.save_for_backward(x)
         return function(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        with torch.enable_grad(), _drawing_from(ctx.states, gradient.device), ctx.others or contextlib.nullcontext():
+        with contextlib.ExitStack() as scope:
+            scope.enter_context(torch.enable_grad())
+            if ctx.others is not None:
+                scope.enter_context(ctx.others)
+                scope.enter_context(random_state_kept(gradient.device))
+                set_random_states(ctx.states)
             x = ctx.saved_tensors[0].detach().requires_grad_()
             y = ctx.function(x)
         return torch.autograd.grad(y, x, gradient)[0], None
-
-
-RandomState = tuple[Callable[[Tensor], None], Tensor]  # of a generator: what sets it, and what it is
-
-
-def _random_states(device: torch.device) -> list[RandomState]:
-    """Those of the default generators, the CPU's and the device's."""
-    sources: list[Any] = [torch] if device.type == "cpu" else [torch, getattr(torch, device.type, None)]
-    return [(source.set_rng_state, source.get_rng_state()) for source in sources if hasattr(source, "get_rng_state")]
-
-
-@contextlib.contextmanager
-def _drawing_from(states: list[RandomState], device: torch.device) -> Iterator[None]:
-    """Random numbers are drawn from these states on, and afterwards as if none had been drawn. Without states, no change."""
-    after = _random_states(device) if states else []
-    for put, state in states:
-        put(state)
-    try:
-        yield
-    finally:
-        for put, state in after:
-            put(state)
 
 
 def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:

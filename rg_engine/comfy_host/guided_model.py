@@ -28,6 +28,7 @@ from .gradient_scope import Graph
 from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 from .memory import GraphSize, choose_graph, with_room_for_graph
 from .progress import RunProgress
+from .random_state import random_state_kept
 from .sampler_steps import SamplerSteps, watched
 from .source_pass import SourcePasses, fingerprint
 
@@ -164,7 +165,8 @@ class ModelGuidance:
                 run.source = kept
             elif mark is not None:
                 run.recording = True
-                with _random_state_kept(noise.device), _cfg(guider, self.settings.source_cfg):
+                # Samplers that draw from the global state give source and guided run the same noise.
+                with random_state_kept(noise.device), _cfg(guider, self.settings.source_cfg):
                     sample(0)
                 run.recording = False
                 SOURCES.keep(mark, run.source)
@@ -224,20 +226,6 @@ def heads_on(heads: Sequence[ReadoutHead], device: torch.device) -> Iterator[Non
         with torch.inference_mode(False):
             for network, home in zip(networks, homes, strict=True):
                 network.to(home)
-
-
-@contextlib.contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leaves the global random state as it was: samplers that draw from it give source and guided run the same noise."""
-    backend = getattr(torch, device.type, None)
-    extra = backend.get_rng_state() if device.type in ("cuda", "mps", "xpu") and backend is not None else None
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
-        if extra is not None and backend is not None:
-            backend.set_rng_state(extra)
 
 
 @contextlib.contextmanager

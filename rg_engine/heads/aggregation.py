@@ -108,7 +108,7 @@ class AggregationNetwork(nn.Module):
         dtype = self.mixing_weights.dtype
         emb = None if emb is None else emb.to(dtype)
         mixed = sum(
-            weight * (_run_again if light else _run)(layer, map_.to(dtype), emb, size)
+            weight * _run(layer, light, map_.to(dtype), emb, size)
             for weight, layer, map_ in zip(weights, self.bottleneck_layers, features, strict=True)
         )
         assert isinstance(mixed, Tensor)
@@ -134,12 +134,8 @@ def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def _run(layer: nn.Module, *inputs: Any) -> Tensor:
-    return layer(*inputs)
-
-
-def _run_again(layer: nn.Module, *inputs: Any) -> Tensor:
-    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+def _run(layer: nn.Module, light: bool, *inputs: Any) -> Tensor:
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if light else layer(*inputs)
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:
