@@ -28,11 +28,8 @@ class NormedConv(nn.Conv2d):
         self.norm = nn.GroupNorm(NORM_GROUPS, out_channels)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
-    def convolve(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, padding=self.padding)
-
     def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.convolve(x))
+        return self.norm(F.conv2d(x, self.weight, padding=self.padding))
 
 
 class Bottleneck(nn.Module):
@@ -50,15 +47,17 @@ class Bottleneck(nn.Module):
         """features (B, C, h, w), emb (B, E) or None -> (B, D, H, W).
 
         The paper resizes the features first. A 1x1 convolution without bias commutes with a bilinear resize, whose
-        weights sum to 1, so both convolutions that see the features run at their own, smaller size.
+        weights sum to 1, so both convolutions that see the features run as one, at the features' own, smaller size.
         """
-        out = F.relu(self.conv1.norm(resize(self.conv1.convolve(features), size)))  # (B, hidden, H, W)
+        parts = [self.conv1] if self.shortcut is None else [self.conv1, self.shortcut]
+        maps = resize(F.conv2d(features, torch.cat([part.weight for part in parts])), size)
+        hidden, *shortcut = maps.split([part.out_channels for part in parts], 1)
+        out = F.relu_(self.conv1.norm(hidden))  # (B, hidden, H, W)
         if emb is not None and self.emb_layers is not None:
-            out = out + F.relu(self.emb_layers(emb))[:, :, None, None]
-        out = self.conv3(F.relu(self.conv2(out)))  # (B, D, H, W)
-        if self.shortcut is None:
-            return F.relu(out + resize(features, size))
-        return F.relu(out + self.shortcut.norm(resize(self.shortcut.convolve(features), size)))
+            out = out + F.relu_(self.emb_layers(emb))[:, :, None, None]
+        out = self.conv3(F.relu_(self.conv2(out)))  # (B, D, H, W)
+        out += self.shortcut.norm(*shortcut) if self.shortcut is not None else resize(features, size)
+        return F.relu_(out)
 
 
 class AggregationNetwork(nn.Module):
@@ -107,11 +106,9 @@ class AggregationNetwork(nn.Module):
         weights = self.mixing_weights.softmax(0)
         dtype = self.mixing_weights.dtype
         emb = None if emb is None else emb.to(dtype)
-        mixed = sum(
-            weight * _run(layer, light, map_.to(dtype), emb, size)
-            for weight, layer, map_ in zip(weights, self.bottleneck_layers, features, strict=True)
-        )
-        assert isinstance(mixed, Tensor)
+        mixed = weights.new_zeros(len(features[0]), self.projection_channels, *size)
+        for weight, layer, map_ in zip(weights, self.bottleneck_layers, features, strict=True):
+            mixed.addcmul_(weight, _run(layer, light, map_.to(dtype), emb, size))
         if self.output_head is None:
             return mixed
         readout = self.output_head(mixed)

@@ -86,6 +86,8 @@ def run_benchmark(
             f"\n{name}: {rows['parameters'] / 1e6:.0f}M parameters, {SHAPES[name].cells} cells, {precision}, {_name(device)}"
         )
         print(_table(rows["ways"]), flush=True)
+        for mode, share in rows["a further head"].items():
+            print(f"a further head: {share:.1%} of a guided step ({mode})")
         for steps, ratio in rows["pictures"].items():
             print(f"a picture of {steps} steps, guided as by default: {ratio:.3f} of a plain one")
         comfy.model_management.unload_all_models()
@@ -108,7 +110,8 @@ def run_benchmark(
 
 def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str], pictures: list[int]) -> dict[str, Any]:
     """Median seconds of a step of each way, its ratio to a plain one's of the same turn, bytes kept for backward, peak
-    memory (GPU); and the ratios of whole pictures, guided as by default, of so many steps."""
+    memory (GPU); what part of a guided step one more head takes; and the ratios of whole pictures, guided as by default, of
+    so many steps."""
     model = random_model(shape, dtype)
     heads = random_heads(model, shape, 3)
     positive, negative = (random_conds(model, shape, seed) for seed in (1, 2))
@@ -137,6 +140,11 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
             "bytes kept": kept[name], "peak bytes": peak[name],
         } for name in ways
     }  # fmt: skip
+    further = {
+        mode: round((median_ratio(seconds[several], seconds[mode]) - 1) / (WAYS[several].heads - 1), 4)
+        for mode in ("fast", "reference")
+        if {mode, several := f"{mode}, 3 heads"} <= set(ways)
+    }
     parameters = sum(p.numel() for p in weights)
     latent = zero_latent(shape, 1)
     target = random_target(heads[:1], latent, end_percent=0.5)
@@ -144,7 +152,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
         steps: whole_picture_ratio(model, target, GuidanceSettings(), (positive, negative), latent, steps=steps, turns=turns)
         for steps in pictures
     }
-    return {"parameters": parameters, "ways": found, "pictures": whole}
+    return {"parameters": parameters, "ways": found, "a further head": further, "pictures": whole}
 
 
 def memory_over_runs(count: int) -> list[float]:
