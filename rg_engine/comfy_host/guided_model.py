@@ -185,7 +185,7 @@ class ModelGuidance:
         def predict(options: Options) -> Tensor:
             return executor(x, timestep, options, seed)
 
-        planned = run.steps.planned(float(timestep.flatten()[0])) if run is not None and run.steps is not None else None
+        planned = run.steps.planned(timestep.flatten()[0]) if run is not None and run.steps is not None else None
         if run is None or planned is None:
             return predict(options)
         step = source_step if run.recording else reference_step if run.settings.mode == "reference" else one_pass_step

@@ -11,7 +11,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, SupportsFloat
 
 from torch import Tensor
 
@@ -51,10 +51,14 @@ class SamplerSteps:
         """Planned steps that did not come."""
         return len(self._pending)
 
-    def planned(self, sigma: float) -> PlannedStep | None:
-        """The plan for the model call at ``sigma``, if it begins a guided step."""
-        if not self._pending:
+    def planned(self, at: SupportsFloat) -> PlannedStep | None:
+        """The plan for the model call at a sigma, if it begins a guided step.
+
+        A tensor's value is looked at only where it may: that waits for the device.
+        """
+        if not self._pending or (not self._free and self._pending[0].step > self._step):
             return None
+        sigma = float(at)
         if self._free:
             if self._calls or sigma > self._pending[0].sigma * 1.001:
                 return None
@@ -68,7 +72,7 @@ class SamplerSteps:
             return None
         first = self._calls == (self._skip if self._step else 0)
         self._calls += 1
-        if not first or self._pending[0].step > self._step:
+        if not first:
             return None
         while self._pending and self._pending[0].step < self._step:
             self._pending.pop(0)

@@ -43,13 +43,14 @@ def model_calls(
 def whole_picture_ratio(
     model: Any, target: Target | None, settings: GuidanceSettings, conds: Any, latent: Tensor, *, steps: int, turns: int
 ) -> float:
-    """The time of a guided picture over that of a plain one made just before, the median of so many turns."""
-    seconds: dict[bool, list[float]] = {False: [], True: []}
+    """The time of a guided picture over a plain one's; each step's is its median over so many turns of both."""
+    calls: dict[bool, list[list[float]]] = {False: [], True: []}
     for turn in range(turns + 1):
-        for guided, each in seconds.items():
-            calls = model_calls(model, target if guided else None, settings, conds, latent, steps=steps)
-            each += [sum(calls)] if turn else []  # the first one warms up
-    return median_ratio(seconds[True], seconds[False])
+        for guided, each in calls.items():
+            found = model_calls(model, target if guided else None, settings, conds, latent, steps=steps)
+            each += [found] if turn else []  # the first one warms up
+    plain, with_guidance = (sum(map(statistics.median, zip(*each, strict=True))) for each in calls.values())
+    return round(with_guidance / plain, 3)
 
 
 def median_ratio(seconds: list[float], plain: list[float]) -> float:
