@@ -18,11 +18,10 @@ OLDER_PAGES = {"oldest": "1.27.10"}
 
 
 def install(session: nox.Session, extras: str) -> None:
-    """Install what a session needs. Modules are compiled as they are imported: a third less time for all of torch's."""
-    session.install("--no-compile", "torch", "torchvision")
-    session.install("--no-compile", "-e", f".[{extras}]")
+    session.install("torch", "torchvision")
+    session.install("-e", f".[{extras}]")
     if not os.environ.get("COMFYUI_PATH"):
-        session.install("--no-compile", "--no-deps", COMFYUI)
+        session.install("--no-deps", COMFYUI)
 
 
 @nox.session

@@ -30,7 +30,7 @@ from .evaluate import markdown
 from .frontier import measure_frontier, plot_frontier
 from .operations import count_kept_bytes, operations_table
 from .timing import median_ratio, model_calls, whole_picture_ratio
-from .workflow import Executor, load_extension, read_workflow, with_inputs
+from .workflow import Executor, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
 
@@ -79,9 +79,7 @@ def run_benchmark(
     device = comfy.model_management.get_torch_device()
     precision = {"auto": torch.float32 if device.type == "cpu" else torch.float16}.get(dtype) or getattr(torch, dtype)
     report: dict[str, Any] = {"device": _name(device), "torch": torch.__version__, "dtype": str(precision)}
-    began = time.perf_counter()
-    load_extension()
-    report["seconds to load the extension"] = round(time.perf_counter() - began, 3)
+    report["seconds to load the extension"] = round(seconds_to_load(), 3)
     for name in shapes:
         report[name] = rows = measure_shape(SHAPES[name], precision, turns, ways or list(WAYS), pictures or [])
         print(
@@ -108,6 +106,16 @@ def run_benchmark(
     (out / "benchmark.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"wrote {out / 'benchmark.json'}")
     return report
+
+
+def seconds_to_load() -> float:
+    """How much later ComfyUI starts with this extension. Its own nodes, loaded in the same way, come first there."""
+    import comfy_api.latest  # noqa: F401
+
+    load_comfyui_nodes("nodes_mask.py")
+    began = time.perf_counter()
+    load_extension()
+    return time.perf_counter() - began
 
 
 def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str], pictures: list[int]) -> dict[str, Any]:

@@ -28,6 +28,14 @@ def load_extension() -> None:
         raise ReadoutGuidanceError("ComfyUI could not load this extension: see the messages above")
 
 
+def load_comfyui_nodes(file: str) -> None:
+    """Load a file of ComfyUI's extra nodes into this process, as its start does."""
+    import nodes
+
+    path = Path(nodes.__file__).parent / "comfy_extras" / file
+    asyncio.run(nodes.load_custom_node(str(path), module_parent="comfy_extras"))
+
+
 def to_prompt(workflow: dict[str, Any], node_inputs: Any) -> Prompt:
     """A workflow as the page saves it, as a prompt for ``/prompt``.
 
