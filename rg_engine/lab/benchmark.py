@@ -123,7 +123,7 @@ def measure_shape(shape: Shape, dtype: torch.dtype, turns: int, ways: list[str],
     memory (GPU); what part of a guided step one more head takes; and the ratios of whole pictures, guided as by default, of
     so many steps."""
     model = random_model(shape, dtype)
-    heads = random_heads(model, shape, max(WAYS[name].heads for name in ways))
+    heads = random_heads(model, shape, max(1, *(WAYS[name].heads for name in ways)))
     positive, negative = (random_conds(model, shape, seed) for seed in (1, 2))
     controlled = with_controlnet((positive, negative), shape, dtype) if "ControlNet" in ways else None
     seconds: dict[str, list[float]] = {name: [] for name in ways}  # medians, one a turn
