@@ -41,4 +41,9 @@ def tests(session: nox.Session) -> None:
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
-    session.run("python", "-m", "pytest", *session.posargs, env={"READOUT_GUIDANCE_OLDER_PAGES": str(pages)})
+    # Two processes of one thread each: the tests' networks are too small for more. Browser tests stay last: beside their
+    # event loop no other can be run.
+    env = {"READOUT_GUIDANCE_OLDER_PAGES": str(pages), "OMP_NUM_THREADS": "1"}
+    session.run(
+        "python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs, env=env
+    )
