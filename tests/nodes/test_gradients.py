@@ -126,7 +126,7 @@ def test_half_precision_adds_no_error_of_its_own(name, graph, dtype):
     nearer (0.976 or 0.983, by the processor, for the small SDXL in bf16, 0.9995 and more for the others)."""
     found, wanted, possible = ours(name, graph, dtype=dtype), plain(name), plain(name, dtype=dtype)
     assert cosine(found, possible) >= 0.9999
-    assert cosine(found, wanted) >= min(0.999, cosine(possible, wanted) - 1e-4)
+    assert cosine(found, wanted) >= (cosine(possible, wanted) - 1e-4 if (name, dtype) == ("SDXL", torch.bfloat16) else 0.999)
 
 
 def watch(module) -> None:
