@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
     benchmark.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
     benchmark.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     benchmark.add_argument("--pictures", nargs="+", type=int, default=[], metavar="STEPS", help="whole pictures as well")
-    benchmark.add_argument("--count", nargs="+", default=[], metavar="SHAPE", choices=["small", "sd15", "sdxl"],
+    benchmark.add_argument("--count", nargs="+", default=[], metavar="SHAPE", choices=["demo", "small", "sd15", "sdxl"],
                            help="operations and bytes of these shapes, counted without computing")  # fmt: skip
     benchmark.add_argument("--runs", type=int, default=0, help="so many guided runs, for their memory")
     benchmark.add_argument("--frontier", type=int, default=0, metavar="PICTURES", help="control against cost, demo model")

@@ -17,9 +17,8 @@ from torch.utils.flop_counter import flop_registry
 from ..comfy_host.gradient_scope import GradientScope, Graph
 from ..features import Backbone, FeatureTap, detect_backbone
 from ..heads import aggregation
+from ..training import new_head
 from .benchmark_models import TOKENS, Shape, control_network, describe
-
-PROJECTION = 384  # of the authors' heads
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,6 +44,7 @@ class Counts:
 def count(shape: Shape, graph: Graph) -> Counts:
     """Count a network's forward pass with a graph, its backward, and the same of a head."""
     side, config, light = shape.cells, shape.config, graph == "light"
+    aggregation.interpolation.cache_clear()  # of tensors with numbers
     try:
         with FakeTensorMode(), torch.inference_mode(False), torch.enable_grad():
             network = describe(shape, torch.float16).get_model({}, "").diffusion_model.requires_grad_(False)
@@ -64,7 +64,7 @@ def count(shape: Shape, graph: Graph) -> Counts:
                 maps, emb = tap.take()
                 with _Operations() as backward:  # what runs again keeps something too, on top of what is still kept
                     torch.autograd.grad(maps, x, [torch.empty_like(map_) for map_ in maps])
-            head, kept_by_head = _count_head(maps, emb, (side, side), light)
+            head, kept_by_head = _count_head(shape, backbone, maps, emb, light)
             with _Operations() as controlled, torch.no_grad():
                 hint = torch.empty(1, 3, 8 * side, 8 * side, dtype=torch.float16)
                 control_network(shape, torch.float16)(x=x, hint=hint, timesteps=time, **inputs)
@@ -76,12 +76,11 @@ def count(shape: Shape, graph: Graph) -> Counts:
     )  # fmt: skip
 
 
-def _count_head(maps: list[Tensor], emb: Tensor, size: tuple[int, int], light: bool) -> tuple[float, int]:
+def _count_head(shape: Shape, backbone: Backbone, maps: list[Tensor], emb: Tensor, light: bool) -> tuple[float, int]:
     """A spatial head's operations, with its backward, and bytes kept."""
-    channels = [map_.shape[1] for map_ in maps]
-    network = aggregation.AggregationNetwork(channels, projection_channels=PROJECTION, output_channels=3).requires_grad_(
-        False
-    )
+    size = shape.cells, shape.cells
+    network = new_head("spatial", backbone, name="counted", output_channels=3, projection=shape.projection).network
+    network.requires_grad_(False)
     copies, emb = [map_.detach().float().requires_grad_() for map_ in maps], emb.detach().float()
     with _Operations() as counted, count_kept_bytes(*network.parameters(), *copies) as kept:
         readout = network(copies, emb, size, light=light)

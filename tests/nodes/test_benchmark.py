@@ -26,7 +26,7 @@ def benchmark():
 
 def test_a_row_for_each_way_on_screen_and_in_the_file(benchmark, tmp_path, capsys):
     ways = ["plain", "fast", "fast, light graph", "ControlNet"]
-    report = benchmark.run_benchmark(tmp_path / "new folder", ["demo"], 1, "bfloat16", ways, pictures=[2])
+    report = benchmark.run_benchmark(tmp_path / "new folder", ["demo"], 1, "bfloat16", ways, pictures=[2], counted=["demo"])
     assert report["device"] == "cpu"
     assert report["dtype"] == "torch.bfloat16"
     rows = report["demo"]["ways"]
@@ -37,6 +37,8 @@ def test_a_row_for_each_way_on_screen_and_in_the_file(benchmark, tmp_path, capsy
     assert kept["plain"] == kept["ControlNet"] == 0
     assert 0 < kept["fast, light graph"] < kept["fast"]
     assert list(report["demo"]["pictures"]) == [2]
+    counted = {row["a step"]: row["operations"] for row in report["demo, counted"]}
+    assert 1 == counted["plain"] < counted["fast"] < counted["fast, 3 heads"] < counted["reference"]
     assert json.loads((tmp_path / "new folder" / "benchmark.json").read_text()) == json.loads(json.dumps(report))
     printed = capsys.readouterr().out
     assert all(f"\n{way} " in printed for way in ways)
