@@ -11,15 +11,15 @@ import torch
 PARITY = Path(__file__).parent / "parity" / "data"
 
 
-def parity_model() -> Any:
-    """The parity kit's UNet as a MODEL."""
+def parity_model(weights: torch.dtype = torch.float32) -> Any:
+    """The parity kit's UNet as a MODEL that computes in fp32; weights: what they are stored in."""
     import comfy.supported_models
     from safetensors.torch import load_file
 
-    config = json.loads((PARITY / "unet_config.json").read_text())["unet_config"]
-    model = comfy.supported_models.SD15(config).get_model({}, "")
+    config = comfy.supported_models.SD15(json.loads((PARITY / "unet_config.json").read_text())["unet_config"])
+    config.set_inference_dtype(weights, None if weights == torch.float32 else torch.float32)
+    model = config.get_model({}, "")
     model.diffusion_model.load_state_dict(load_file(PARITY / "unet.safetensors"))
-    model.diffusion_model.float()
     return patcher(model)
 
 

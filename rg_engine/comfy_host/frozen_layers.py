@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import comfy.ops
@@ -25,6 +25,8 @@ Forward = Callable[..., Any]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _NORMS = (nn.GroupNorm, nn.LayerNorm)
 _LAYERS = (nn.Linear, *_NORMS, *_CONVOLUTIONS)
+#: What ComfyUI's quantised linear layers multiply their outputs, or their inputs, with.
+_SCALES = ("scale_weight", "pre_quant_scale")
 
 
 def frozen_forward(module: Any, casts: bool) -> Forward | None:
@@ -40,7 +42,7 @@ def light_forward(module: nn.Module, casts: bool) -> Forward | None:
         return _run_again(module)
     if "forward" in module.__dict__:  # another node's
         return frozen_forward(module, casts)
-    if isinstance(module, (nn.Linear, *_CONVOLUTIONS)) and is_known(module):
+    if (_is_linear(module) or isinstance(module, _CONVOLUTIONS)) and is_known(module):
         return _frozen(module)
     if isinstance(module, GEGLU) and not _watched(module.proj):
         return _gate(module)
@@ -55,13 +57,19 @@ def may_be_light(module: nn.Module) -> bool:
 
 
 def casts_weights(module: nn.Module) -> bool:
-    """Whether this layer makes its weights anew each time it runs."""
-    return isinstance(module, _LAYERS) and bool(
+    """Whether this layer makes its weights anew each time it runs: offloaded, dynamic, patched or quantised ones."""
+    return (isinstance(module, _LAYERS) or _is_linear(module)) and bool(
         getattr(module, "comfy_cast_weights", False)
         or getattr(module, "weight_function", None)
         or getattr(module, "bias_function", None)
         or hasattr(module, "_v")
+        or _is_quantised(module.weight)
     )
+
+
+def _is_quantised(weight: Any) -> bool:
+    """Whether a weight is of a class of its own, which packs it."""
+    return weight is not None and type(weight.data) is not Tensor
 
 
 def plain(value: Any) -> Any:
@@ -90,22 +98,26 @@ class _FrozenLayer(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         module = ctx.module
-        weight, bias = _weights(module, gradient)
-        if isinstance(module, nn.Linear):
-            return (gradient @ weight).to(ctx.dtype), None, None
-        if isinstance(module, _CONVOLUTIONS):
-            nowhere = gradient.new_empty(1).expand(ctx.shape)  # its values don't matter for the gradient of the input
-            settings = (module.stride, module.padding, module.dilation, False, [0] * len(module.stride), module.groups)
-            moved = torch.ops.aten.convolution_backward(gradient, nowhere, weight, None, *settings, (True, False, False))[0]
-            return moved.to(ctx.dtype), None, None
-        with torch.enable_grad():
-            x = ctx.saved_tensors[0].detach().requires_grad_()
-            weight, bias = (None if t is None else plain(t).to(x.dtype) for t in (weight, bias))  # type: ignore[assignment]
-            if isinstance(module, nn.GroupNorm):
-                y = F.group_norm(x, module.num_groups, weight, bias, module.eps)
-            else:
-                y = F.layer_norm(x, module.normalized_shape, weight, bias, module.eps)
-        return torch.autograd.grad(y, x, gradient)[0], None, None
+        with _weights(module, gradient) as (weight, bias):
+            if _is_linear(module):
+                moved = gradient @ weight
+                for scale in (getattr(module, name, None) for name in _SCALES):
+                    moved = moved if scale is None else moved * scale.to(moved)
+                return moved.to(ctx.dtype), None, None
+            if isinstance(module, _CONVOLUTIONS):
+                nowhere = gradient.new_empty(1).expand(ctx.shape)  # its values don't matter for the gradient of the input
+                settings = (module.stride, module.padding, module.dilation, False, [0] * len(module.stride), module.groups)
+                backward = torch.ops.aten.convolution_backward
+                moved = backward(gradient, nowhere, weight, None, *settings, (True, False, False))[0]
+                return moved.to(ctx.dtype), None, None
+            with torch.enable_grad():
+                x = ctx.saved_tensors[0].detach().requires_grad_()
+                scale, shift = (None if t is None else plain(t).to(x.dtype) for t in (weight, bias))
+                if isinstance(module, nn.GroupNorm):
+                    y = F.group_norm(x, module.num_groups, scale, shift, module.eps)
+                else:
+                    y = F.layer_norm(x, module.normalized_shape, scale, shift, module.eps)
+            return torch.autograd.grad(y, x, gradient)[0], None, None
 
 
 class _RunAgain(torch.autograd.Function):
@@ -132,10 +144,27 @@ class _RunAgain(torch.autograd.Function):
         return torch.autograd.grad(y, x, gradient)[0], None
 
 
-def _weights(module: Any, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    if casts_weights(module):
-        return comfy.ops.cast_bias_weight(module, like)
-    return module.weight, module.bias
+@contextlib.contextmanager
+def _weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """A layer's weight and bias as ComfyUI makes them for an input like this one. It gets them back: weights of dynamic
+    VRAM stay on the device otherwise, and a stream that offloads may write over them too early."""
+    if not casts_weights(module):
+        yield module.weight, module.bias
+        return
+    if not hasattr(comfy.ops, "uncast_bias_weight"):  # older ComfyUIs
+        yield comfy.ops.cast_bias_weight(module, like)
+        return
+    weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
+    try:
+        yield weight.dequantize().to(like.dtype) if _is_quantised(weight) else weight, bias
+    finally:
+        comfy.ops.uncast_bias_weight(module, weight, bias, stream)
+
+
+def _is_linear(module: Any) -> bool:
+    """Whether this is a linear layer; a quantised one of ComfyUI's is no torch.nn.Linear."""
+    quantised = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
+    return isinstance(module, nn.Linear) or quantised
 
 
 def is_known(module: Any) -> bool:

@@ -78,9 +78,10 @@ class GradientScope:
                 continue
             alias = self._aliases.get(id(tensor))
             if alias is None or alias.data_ptr() != tensor.data_ptr() or alias.dtype != tensor.dtype:
-                if type(tensor.data) is not Tensor:  # quantised, in a class of its own
+                if type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__:  # made of other tensors
                     continue
                 alias = nn.Parameter(ordinary(tensor), requires_grad=False) if as_parameter else ordinary(tensor)
+                alias.__dict__.update(tensor.__dict__)  # how it is packed, and LoRAs on it
                 self._aliases[id(tensor)] = alias
             self._replace(table, name, alias)
 

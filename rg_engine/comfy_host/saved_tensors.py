@@ -98,9 +98,11 @@ def other_nodes() -> _NoInferenceTensors | None:
 
 
 def ordinary(tensor: Tensor) -> Tensor:
-    """A tensor that is no inference tensor, over the same storage."""
+    """A tensor that is no inference tensor, over the same storage, and of the same class (other nodes have some of their own
+    for packed weights, whose ``shape`` may not be their size)."""
     alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride())
+    alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+    return alias if type(tensor) is nn.Parameter else alias.as_subclass(type(tensor))
 
 
 def _address(tensor: Tensor) -> int:

@@ -88,7 +88,7 @@ def _count_head(shape: Shape, backbone: Backbone, maps: list[Tensor], emb: Tenso
     if not light:
         return counted.count, kept[0]
     with count_kept_bytes(*network.parameters(), *copies) as one:  # torch's checkpoint hides what runs again from us
-        network.bottleneck_layers[-1](copies[-1], emb, size)
+        network.get_submodule(f"bottleneck_layers.{len(copies) - 1}")(copies[-1], emb, size)
     return counted.count, kept[0] + one[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import weakref
 
 import pytest
@@ -106,16 +107,89 @@ def test_every_graph_gives_plain_autograds_gradient(name, graph, weights):
     assert relative(ours(name, graph, weights), plain(name)) <= 1e-5
 
 
+def rounded(network, dtype) -> None:
+    """Weights that ``dtype`` has."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)
+
+
+def stored(network, dtype) -> None:
+    """Weights in another precision than the layers', which cast them when they run."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+    cast_every_layer(network)
+
+
 @GRAPHS
-def test_half_precision_weights_under_manual_cast(graph):
-    """The kit's weights are fp16 on disk, so a half copy computes the same."""
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_weights_in_half_precision_or_fp8_under_manual_cast(graph, dtype):
+    found = ours("SD1.5", graph, functools.partial(stored, dtype=dtype))
+    assert relative(found, plain("SD1.5", functools.partial(rounded, dtype=dtype))) <= 1e-5
 
-    def halve(network):
-        for parameter in network.parameters():
-            parameter.data = parameter.data.half()
-        cast_every_layer(network)
 
-    assert relative(ours("SD1.5", graph, halve), plain("SD1.5")) <= 1e-5
+QUANTISED = {"scale": 0.03125, "dtype": torch.float8_e4m3fn, "name": "float8_e4m3fn"}
+
+
+def with_quantised_layers(network, make) -> None:
+    """Linear layers of another class, which hold scaled fp8 weights."""
+    for parent in list(network.modules()):
+        for name, layer in list(parent.named_children()):
+            if isinstance(layer, torch.nn.Linear):
+                quantised = (layer.weight / QUANTISED["scale"]).to(QUANTISED["dtype"])
+                setattr(parent, name, make(layer, quantised, torch.tensor(QUANTISED["scale"])))
+
+
+def dequantised(network) -> None:
+    def make(layer, weight, scale):
+        layer.weight.data = weight.float() * scale
+        return layer
+
+    with_quantised_layers(network, make)
+
+
+def scaled_fp8(network) -> None:
+    """ComfyUI's layers for checkpoints with a ``scaled_fp8`` key; the newest reads those as mixed precision."""
+    import comfy.ops
+
+    if not hasattr(comfy.ops, "scaled_fp8_ops"):
+        pytest.skip("this ComfyUI has no such layers")
+    ops = comfy.ops.scaled_fp8_ops(override_dtype=QUANTISED["dtype"])
+
+    def make(layer, weight, scale):
+        made = ops.Linear(layer.in_features, layer.out_features, layer.bias is not None).requires_grad_(False)
+        made.weight.data, made.scale_weight.data = weight, scale
+        if layer.bias is not None:
+            made.bias.data = layer.bias.data
+        return made
+
+    with_quantised_layers(network, make)
+
+
+def mixed_precision(network) -> None:
+    """ComfyUI's layers for checkpoints that say of each layer how it is quantised, to the layers or in the file."""
+    import comfy.ops
+
+    if not hasattr(comfy.ops, "mixed_precision_ops"):
+        pytest.skip("this ComfyUI has no such layers")
+    quantised = {"format": QUANTISED["name"]}
+    ops = comfy.ops.mixed_precision_ops({"x": quantised}, torch.float32, full_precision_mm=True)
+
+    def make(layer, weight, scale):
+        made = ops.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+        state = {"x.weight": weight, "x.weight_scale": scale}
+        state["x.comfy_quant"] = torch.tensor(list(json.dumps(quantised).encode()), dtype=torch.uint8)
+        if layer.bias is not None:
+            state["x.bias"] = layer.bias.data
+        made._load_from_state_dict(state, "x.", {}, False, [], [], [])
+        return made.requires_grad_(False)
+
+    with_quantised_layers(network, make)
+
+
+@GRAPHS
+@pytest.mark.parametrize("layers", [scaled_fp8, mixed_precision], ids=lambda f: f.__name__)
+def test_quantised_layers(graph, layers):
+    assert relative(ours("SD1.5", graph, layers), plain("SD1.5", dequantised)) <= 1e-5
 
 
 @HALVES
@@ -180,21 +254,40 @@ def test_a_picture_that_tiles(weights, graph):
     assert relative(ours("SD1.5", graph, both), plain("SD1.5", wrap)) <= 1e-5
 
 
+class Packed(torch.Tensor):
+    """A weight of a class of its own, which has another shape than it shows."""
+
+    @property
+    def shape(self):
+        return (7,)
+
+
 @GRAPHS
-def test_layers_that_unpack_their_weights_in_a_way_of_their_own(graph):
-    """As other nodes' quantised ones do, which look like ComfyUI's layers that cast."""
+@pytest.mark.parametrize("kind", [torch.Tensor, Packed])
+def test_layers_that_unpack_their_weights_in_a_way_of_their_own(graph, kind):
+    """As other nodes' quantised ones do (GGUF's), which look like ComfyUI's layers that cast."""
+
+    class Linear(torch.nn.Linear):
+        comfy_cast_weights = True
+
+        def forward(self, x):
+            return torch.nn.functional.linear(x, self.weight * self.weight.factor, self.bias).as_subclass(torch.Tensor)
+
+    class GroupNorm(torch.nn.GroupNorm):
+        comfy_cast_weights = True
+
+        def forward(self, x):
+            return super().forward(x).as_subclass(torch.Tensor)
 
     def pack(network):
-        class Packed(torch.nn.Linear):
-            comfy_cast_weights = True
-
-            def forward(self, x):
-                return torch.nn.functional.linear(x, self.weight * 2, self.bias)
-
         for layer in layers(network):
-            if isinstance(layer, torch.nn.Linear):
-                layer.__class__ = Packed
-                layer.weight.data *= 0.5
+            for packed in (Linear, GroupNorm):
+                if isinstance(layer, packed.__base__):
+                    layer.__class__ = packed
+                    factor = 4 if packed is Linear else 1
+                    weight = (layer.weight.data / factor).as_subclass(kind)
+                    layer.weight = torch.nn.Parameter(weight, requires_grad=False)
+                    layer.weight.factor = factor
 
     assert relative(ours("SD1.5", graph, pack), plain("SD1.5")) <= 1e-5
 
@@ -255,6 +348,31 @@ def test_no_cast_weight_lives_between_forward_and_backward(graph, monkeypatch):
         assert sum(ref() is not None for ref in casts) == 0
         torch.autograd.grad(out.sum(), leaf)
         assert len(casts) > forward  # they were made again
+
+
+@GRAPHS
+def test_every_weight_that_was_fetched_is_given_back(graph, monkeypatch):
+    """Dynamic VRAM keeps what is not on the device for ever."""
+    import comfy.ops
+
+    if not hasattr(comfy.ops, "uncast_bias_weight"):
+        pytest.skip("this ComfyUI wants nothing back")
+    fetch, give_back, fetched, held = comfy.ops.cast_bias_weight, comfy.ops.uncast_bias_weight, [], []
+
+    def fetching(layer, *args, **kwargs):
+        fetched.append(layer)
+        held.append(layer)
+        return fetch(layer, *args, **kwargs)
+
+    def giving_back(layer, *args):
+        held.remove(layer)
+        return give_back(layer, *args)
+
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", fetching)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", giving_back)
+    ours("SD1.5", graph, cast_every_layer)
+    assert len(fetched) > len(set(fetched)) > 100  # forward, and again in backward
+    assert not held
 
 
 SIGMA, SIZE = 2.0, (8, 8)

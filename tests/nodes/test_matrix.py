@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 from comfyui_host import engine, find_comfyui, node
+from small_models import parity_model
 
 DRAG = json.dumps({"version": 1, "drags": [{"from": [0.3, 0.3], "to": [0.7, 0.6]}]})
 
@@ -80,6 +81,14 @@ def test_an_inpaint_mask_keeps_what_is_outside(small, sampler, mode):
     unguided = small.plain(latent_image=latent, sampler_name=sampler)
     assert torch.equal(guided[..., 8:], unguided[..., 8:])
     assert not torch.allclose(guided[..., :8], unguided[..., :8], atol=1e-2)
+
+
+@pytest.mark.parametrize("mode", ["fast", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_weights_that_are_stored_in_less_precision(small, dtype, mode):
+    model = parity_model(dtype)
+    assert model.model.diffusion_model.middle_block[1].proj_in.weight.dtype == dtype
+    assert_steered(small, small.sample(small.target(), model=model, mode=mode, strength=3.0), small.plain(model=model))
 
 
 def lora_of(weight) -> dict:
