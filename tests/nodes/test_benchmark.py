@@ -26,9 +26,9 @@ def benchmark():
 
 def test_a_row_for_each_way_on_screen_and_in_the_file(benchmark, tmp_path, capsys):
     ways = ["plain", "fast", "fast, light graph", "ControlNet"]
-    report = benchmark.run_benchmark(tmp_path / "new folder", ["demo"], 1, "bfloat16", ways, pictures=[2], counted=["demo"])
+    report = benchmark.run_benchmark(tmp_path / "new folder", ["demo"], 1, "auto", ways, pictures=[2], counted=["demo"])
     assert report["device"] == "cpu"
-    assert report["dtype"] == "torch.bfloat16"
+    assert report["dtype"] == "torch.float32"
     rows = report["demo"]["ways"]
     assert list(rows) == ways
     assert all(row["seconds"] > 0 and row["ratio"] > 0 for row in rows.values())
@@ -42,6 +42,10 @@ def test_a_row_for_each_way_on_screen_and_in_the_file(benchmark, tmp_path, capsy
     assert json.loads((tmp_path / "new folder" / "benchmark.json").read_text()) == json.loads(json.dumps(report))
     printed = capsys.readouterr().out
     assert all(f"\n{way} " in printed for way in ways)
+
+
+def test_the_precision_that_was_asked_for(benchmark, tmp_path):
+    assert benchmark.run_benchmark(tmp_path, ["demo"], 1, "bfloat16", ["plain"])["dtype"] == "torch.bfloat16"
 
 
 def state(model) -> list:
