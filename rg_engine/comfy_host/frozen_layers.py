@@ -58,18 +58,15 @@ def may_be_light(module: nn.Module) -> bool:
 
 def casts_weights(module: nn.Module) -> bool:
     """Whether this layer makes its weights anew each time it runs: offloaded, dynamic, patched or quantised ones."""
-    return (isinstance(module, _LAYERS) or _is_linear(module)) and bool(
-        getattr(module, "comfy_cast_weights", False)
-        or getattr(module, "weight_function", None)
-        or getattr(module, "bias_function", None)
-        or hasattr(module, "_v")
-        or _is_quantised(module.weight)
+    return _is_quantised(module) or (
+        isinstance(module, _LAYERS)
+        and bool(
+            getattr(module, "comfy_cast_weights", False)
+            or getattr(module, "weight_function", None)
+            or getattr(module, "bias_function", None)
+            or hasattr(module, "_v")
+        )
     )
-
-
-def _is_quantised(weight: Any) -> bool:
-    """Whether a weight is of a class of its own, which packs it."""
-    return weight is not None and type(weight.data) is not Tensor
 
 
 def plain(value: Any) -> Any:
@@ -156,15 +153,20 @@ def _weights(module: Any, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]
         return
     weight, bias, stream = comfy.ops.cast_bias_weight(module, like, offloadable=True)
     try:
-        yield weight.dequantize().to(like.dtype) if _is_quantised(weight) else weight, bias
+        quantised = isinstance(weight, getattr(comfy.ops, "QuantizedTensor", ()))
+        yield weight.dequantize().to(like.dtype) if quantised else weight, bias
     finally:
         comfy.ops.uncast_bias_weight(module, weight, bias, stream)
 
 
 def _is_linear(module: Any) -> bool:
-    """Whether this is a linear layer; a quantised one of ComfyUI's is no torch.nn.Linear."""
-    quantised = isinstance(module, comfy.ops.CastWeightBiasOp) and hasattr(module, "in_features")
-    return isinstance(module, nn.Linear) or quantised
+    return isinstance(module, nn.Linear) or _is_quantised(module)
+
+
+def _is_quantised(module: Any) -> bool:
+    """Whether this is a linear layer that ComfyUI made for quantised weights, which is no torch.nn.Linear."""
+    known = isinstance(module, comfy.ops.CastWeightBiasOp) and not isinstance(module, nn.Linear)
+    return known and hasattr(module, "in_features")
 
 
 def is_known(module: Any) -> bool:
