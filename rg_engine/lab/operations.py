@@ -80,7 +80,6 @@ def _count_head(shape: Shape, backbone: Backbone, maps: list[Tensor], emb: Tenso
     """A spatial head's operations, with its backward, and bytes kept."""
     size = shape.cells, shape.cells
     network = new_head("spatial", backbone, name="counted", output_channels=3, projection=shape.projection).network
-    network.requires_grad_(False)
     copies, emb = [map_.detach().float().requires_grad_() for map_ in maps], emb.detach().float()
     with _Operations() as counted, count_kept_bytes(*network.parameters(), *copies) as kept:
         readout = network(copies, emb, size, light=light)

@@ -38,7 +38,7 @@ def new_head(
     kind: HeadKind, backbone: Backbone, *, name: str, output_channels: int = 0, projection: int = 384, seed: int = 0,
     backbone_name: str | None = None, activation: Activation | None = None, training: dict | None = None,
 ) -> ReadoutHead:  # fmt: skip
-    """A head of a kind for a backbone, at random weights that follow from ``seed``.
+    """A head of a kind for a backbone, at random weights that follow from ``seed``; frozen until it is trained.
 
     output_channels: of the maps that it learns (spatial, keypoint: the control's; lgp: the latent's; else 0). projection:
     channels of the mixed map, 384 as the authors', a multiple of 128. A correspondence head takes no timestep embedding, as
@@ -67,4 +67,4 @@ def new_head(
         activation=network.activation if isinstance(network, AggregationNetwork) else "none",
         training=training or {},
     )
-    return ReadoutHead(network=network, spec=spec, name=name)
+    return ReadoutHead(network=network.eval().requires_grad_(False), spec=spec, name=name)

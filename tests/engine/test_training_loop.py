@@ -49,6 +49,12 @@ def follow(head, ema):
 # Learning
 
 
+def test_a_head_is_frozen_before_and_after_it_is_trained():
+    for head in (head_of(), training(head=head_of(), steps=1).run()):
+        assert not head.network.training
+        assert not any(parameter.requires_grad for parameter in head.network.parameters())
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_learning_lowers_the_loss_also_on_examples_never_seen(kind):
     learner, unseen = training(kind, given=examples(kind, 80), steps=30, batch=6, learning_rate=3e-2), examples(kind, 16)
