@@ -21,19 +21,22 @@ def load_extension() -> None:
     """Load this extension into this process, as ComfyUI's start does (ComfyUI's core nodes come with ``nodes``)."""
     import nodes
 
-    if "RG_LoadReadoutHead" in nodes.NODE_CLASS_MAPPINGS:
-        return
-
-    if not asyncio.run(nodes.load_custom_node(str(REPOSITORY))):
-        raise ReadoutGuidanceError("ComfyUI could not load this extension: see the messages above")
+    if "RG_LoadReadoutHead" not in nodes.NODE_CLASS_MAPPINGS:
+        _load(REPOSITORY, "custom_nodes")
 
 
 def load_comfyui_nodes(file: str) -> None:
     """Load a file of ComfyUI's extra nodes into this process, as its start does."""
     import nodes
 
-    path = Path(nodes.__file__).parent / "comfy_extras" / file
-    asyncio.run(nodes.load_custom_node(str(path), module_parent="comfy_extras"))
+    _load(Path(nodes.__file__).parent / "comfy_extras" / file, "comfy_extras")
+
+
+def _load(path: Path, module_parent: str) -> None:
+    import nodes
+
+    if not asyncio.run(nodes.load_custom_node(str(path), module_parent=module_parent)):
+        raise ReadoutGuidanceError(f"ComfyUI could not load {path.name}: see the messages above")
 
 
 def to_prompt(workflow: dict[str, Any], node_inputs: Any) -> Prompt:

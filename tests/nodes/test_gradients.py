@@ -127,7 +127,7 @@ def test_weights_in_half_precision_or_fp8_under_manual_cast(graph, dtype):
     assert relative(found, plain("SD1.5", functools.partial(rounded, dtype=dtype))) <= 1e-5
 
 
-QUANTISED = {"scale": 0.03125, "dtype": torch.float8_e4m3fn, "name": "float8_e4m3fn"}
+FP8, SCALE = "float8_e4m3fn", 0.03125
 
 
 def with_quantised_layers(network, make) -> None:
@@ -135,8 +135,8 @@ def with_quantised_layers(network, make) -> None:
     for parent in list(network.modules()):
         for name, layer in list(parent.named_children()):
             if isinstance(layer, torch.nn.Linear):
-                quantised = (layer.weight / QUANTISED["scale"]).to(QUANTISED["dtype"])
-                setattr(parent, name, make(layer, quantised, torch.tensor(QUANTISED["scale"])))
+                quantised = (layer.weight / SCALE).to(getattr(torch, FP8))
+                setattr(parent, name, make(layer, quantised, torch.tensor(SCALE)))
 
 
 def dequantised(network) -> None:
@@ -153,7 +153,7 @@ def scaled_fp8(network) -> None:
 
     if not hasattr(comfy.ops, "scaled_fp8_ops"):
         pytest.skip("this ComfyUI has no such layers")
-    ops = comfy.ops.scaled_fp8_ops(override_dtype=QUANTISED["dtype"])
+    ops = comfy.ops.scaled_fp8_ops(override_dtype=getattr(torch, FP8))
 
     def make(layer, weight, scale):
         made = ops.Linear(layer.in_features, layer.out_features, layer.bias is not None).requires_grad_(False)
@@ -171,7 +171,7 @@ def mixed_precision(network) -> None:
 
     if not hasattr(comfy.ops, "mixed_precision_ops"):
         pytest.skip("this ComfyUI has no such layers")
-    quantised = {"format": QUANTISED["name"]}
+    quantised = {"format": FP8}
     ops = comfy.ops.mixed_precision_ops({"x": quantised}, torch.float32, full_precision_mm=True)
 
     def make(layer, weight, scale):
@@ -352,7 +352,7 @@ def test_no_cast_weight_lives_between_forward_and_backward(graph, monkeypatch):
 
 @GRAPHS
 def test_every_weight_that_was_fetched_is_given_back(graph, monkeypatch):
-    """Dynamic VRAM keeps what is not on the device for ever."""
+    """Otherwise dynamic VRAM keeps it on the device for good."""
     import comfy.ops
 
     if not hasattr(comfy.ops, "uncast_bias_weight"):
