@@ -46,7 +46,7 @@ def share(pictures: torch.Tensor, channel: int) -> float:
 
 
 def test_it_paints_the_colours_of_the_prompt(demo):
-    red, blue = (demo.draw(f"a {colour} figure, grey wall") for colour in ("red", "blue"))
+    red, blue = (demo.draw(f"a {colour} figure, grey wall", count=16) for colour in ("red", "blue"))
     assert share(red, 0) > 2 * share(blue, 0) + 0.01  # shirts are of any colour
     assert share(blue, 2) > 2 * share(red, 2) + 0.01
     grey, pink = (demo.draw(f"a red figure, {wall} wall")[:, :10].mean((0, 1, 2)) for wall in ("grey", "pink"))
