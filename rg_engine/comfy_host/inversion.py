@@ -22,13 +22,14 @@ INVERTED = "readout_guidance_inverted"  # in a LATENT: what it was inverted with
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inverted:
-    """What an inverted latent goes back with. error: RMS of the latent's reconstruction against itself, as a part of its
-    own RMS."""
+    """What an inverted latent goes back with. rms: its own. error: RMS of the latent's reconstruction against itself, as a
+    part of its own RMS."""
 
     sigma: float
     steps: int
     scheduler: str
     cfg: float
+    rms: float
     error: float
 
 
@@ -53,9 +54,22 @@ def invert_latent(
     sigmas = comfy.samplers.calculate_sigmas(model.get_model_object("model_sampling"), scheduler, steps)
     inversion = _Inversion(refinements)
     noise = guider.sample(torch.zeros_like(samples), samples, inversion, sigmas, disable_pbar=True, seed=0)
-    facts = Inverted(sigma=float(sigmas[0]), steps=steps, scheduler=scheduler, cfg=cfg, error=inversion.error)
     samples = noise.to(comfy.model_management.intermediate_device())
+    facts = Inverted(
+        sigma=float(sigmas[0]), steps=steps, scheduler=scheduler, cfg=cfg, rms=_rms(samples), error=inversion.error
+    )
     return {**latent, "samples": samples, INVERTED: facts}, inversion.error
+
+
+def inversion_of(latent: dict[str, Any]) -> Inverted | None:
+    """What a LATENT was inverted with; None if it was not, or another node has made a picture of it since, which keeps the
+    mark: noise is many times as large."""
+    facts: Inverted | None = latent.get(INVERTED)
+    return facts if facts is not None and 0.5 < _rms(latent["samples"]) / facts.rms < 2.0 else None
+
+
+def _rms(x: Tensor) -> float:
+    return float(x.square().mean().sqrt())
 
 
 class _Inversion(comfy.samplers.Sampler):
@@ -93,5 +107,5 @@ class _Inversion(comfy.samplers.Sampler):
             back = back + (low - high) * derivative(back, high)
             if callback is not None:
                 callback(len(sigmas) - 1 + i, back, back, total)
-        self.error = float((back - latent_image).square().mean().sqrt() / latent_image.square().mean().sqrt())
+        self.error = _rms(back - latent_image) / _rms(latent_image)
         return x

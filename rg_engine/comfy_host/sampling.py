@@ -11,7 +11,7 @@ import torch
 from ..errors import TargetError
 from ..guidance import GuidanceSettings, Target
 from .guided_model import guide
-from .inversion import INVERTED
+from .inversion import INVERTED, Inverted, inversion_of
 
 log = logging.getLogger("readout_guidance")
 DETERMINISTIC = ("euler", "ddim")  # what retraces an inversion
@@ -26,8 +26,9 @@ def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSetting
     """
     from nodes import common_ksampler  # ComfyUI's
 
-    if INVERTED in ksampler["latent"]:
-        _check_inversion(model, **ksampler)
+    inverted = inversion_of(ksampler["latent"])
+    if inverted is not None:
+        _check_inversion(model, inverted, **ksampler)
         ksampler["disable_noise"] = True
     frames = 1 if target is None else target.drag_frames
     if target is None or frames == 1:
@@ -63,6 +64,7 @@ def _plain(latent: dict[str, Any]) -> dict[str, Any]:
 
 def _check_inversion(
     model: Any,
+    facts: Inverted,
     *,
     latent: dict[str, Any],
     steps: int,
@@ -72,7 +74,6 @@ def _check_inversion(
     denoise: float,
     **_: Any,
 ) -> None:
-    facts = latent[INVERTED]
     if "noise_mask" in latent:
         raise TargetError(
             "the inverted latent has a noise mask, outside which its noise would stay as it is: remove the noise mask, and "

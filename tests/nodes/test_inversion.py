@@ -102,6 +102,15 @@ def test_only_the_inverted_latent_is_marked_as_such(kit):
     assert mark not in kit.sample(inverted)
 
 
+def test_a_picture_that_other_nodes_made_of_it_is_sampled_as_any(kit):
+    mark = engine("comfy_host.inversion").INVERTED
+    inverted, _ = kit.invert(refinements=0)
+    painted = kit.sample(inverted)
+    marked = kit.sample({**painted, mark: inverted[mark]}, denoise=0.5)  # ComfyUI's own samplers keep what they don't know
+    assert torch.equal(marked["samples"], kit.sample(painted, denoise=0.5)["samples"])
+    assert mark not in marked
+
+
 def test_other_settings_than_the_inversion_s_are_refused_or_warned_of(kit, caplog):
     inverted, _ = kit.invert(refinements=0)
     with refused("use steps 6, scheduler normal, denoise 1"):
