@@ -77,8 +77,9 @@ def run_demo(
     for control, sheet in zip(CONTROLS, sheets, strict=True):
         contact_sheet([sheet], 4).save(out / f"{control}.jpg", quality=92)
     for edit in edits or []:
-        row = edit_row(executor, read_workflow(REPOSITORY / "example_workflows" / f"{edit}.json"))
-        Image.fromarray((row.clamp(0, 1).numpy() * 255).round().astype(np.uint8)).save(out / f"{edit}.jpg", quality=92)
+        prompt = read_workflow(REPOSITORY / "example_workflows" / f"{edit}.json")
+        make = training_column if edit == "train_head" else edit_row
+        make(executor, prompt).save(out / f"{edit}.jpg", quality=92)
         print(f"wrote {out / edit}.jpg", flush=True)
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     contact_sheet(sheets, 8).save(out / "demo.png")
@@ -112,8 +113,8 @@ def _make(
     return torch.cat(drawn), torch.cat(readouts)
 
 
-def edit_row(executor: Executor, prompt: Prompt) -> Tensor:
-    """What an edit's workflow starts from (the picture with its arrows, or the scenes), then what it saves, (H, W', 3)."""
+def edit_row(executor: Executor, prompt: Prompt) -> Image.Image:
+    """What an edit's workflow starts from (the picture with its arrows, or the scenes), then what it saves, side by side."""
     prompt = copy.deepcopy(prompt)
     starts = [key for key, node in prompt.items() if node["class_type"] == "RG_DragPoints"]
     output = 1
@@ -126,7 +127,24 @@ def edit_row(executor: Executor, prompt: Prompt) -> Tensor:
         prompt[views[-1]] = view
     shown = executor.run(prompt)
     saved = [_saved(shown[view]) for view in views] + [_pictures(prompt, shown, "SaveImage")]
-    return torch.cat([picture for batch in saved for picture in batch], 1)
+    row = _side_by_side(torch.cat(saved))
+    return row.resize((2 * row.width, 2 * row.height))
+
+
+def training_column(executor: Executor, prompt: Prompt) -> Image.Image:
+    """What a training's workflow shows and saves, one below another and equally wide. The head is not put into the models."""
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] != "RG_SaveReadoutHead"}
+    shown = executor.run(prompt)
+    views = [key for key, node in prompt.items() if node["class_type"] in ("PreviewImage", "SaveImage")]
+    rows = [_side_by_side(_saved(shown[key])) for key in views]
+    width = max(row.width for row in rows)
+    rows = [row.resize((width, round(row.height * width / row.width))) for row in rows]
+    column = Image.new("RGB", (width, sum(row.height for row in rows)))
+    y = 0
+    for row in rows:
+        column.paste(row, (0, y))
+        y += row.height
+    return column
 
 
 def _pictures(prompt: Prompt, shown: dict[str, Any], class_type: str) -> Tensor:
@@ -159,8 +177,17 @@ def contact_sheet(sheets: list[list[tuple[str, Tensor]]], columns: int) -> Image
         for name, batch in sheet:
             pen.text((6, y + size // 2 - 6), name, fill="black")
             for k, picture in enumerate(batch[:columns]):
-                pixels = (picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8)
-                image.paste(Image.fromarray(pixels).resize((size, size)), (margin + k * (size + gap), y))
+                image.paste(_image(picture).resize((size, size)), (margin + k * (size + gap), y))
             y += size + gap
         y += 4 * gap
     return image
+
+
+def _side_by_side(pictures: Tensor) -> Image.Image:
+    """pictures (N, H, W, 3) in 0..1."""
+    return _image(pictures.movedim(0, 1).flatten(1, 2))
+
+
+def _image(picture: Tensor) -> Image.Image:
+    """picture (H, W, 3) in 0..1."""
+    return Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8))

@@ -1,0 +1,41 @@
+"""The demo command's pictures of the workflows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from comfyui_host import REPOSITORY, engine
+
+
+@pytest.fixture
+def run(comfyui, tmp_path, monkeypatch):
+    """run(name, way of showing it, class of a node, its inputs): the workflow's picture."""
+    import folder_paths
+
+    for kind in ("output_directory", "temp_directory"):
+        monkeypatch.setattr(folder_paths, kind, str(tmp_path))
+    workflow, demo_run = engine("lab.workflow"), engine("lab.demo_run")
+
+    def run(name, way, class_type, **inputs):
+        prompt = workflow.read_workflow(REPOSITORY / "example_workflows" / f"{name}.json")
+        return getattr(demo_run, way)(workflow.Executor(), workflow.with_inputs(prompt, class_type, **inputs))
+
+    heads = folder_paths.get_filename_list("readout_heads")
+    yield run
+    assert folder_paths.get_filename_list("readout_heads") == heads
+
+
+def test_a_training_s_picture_shows_the_loss_the_readouts_and_what_they_steered(run):
+    picture = run("train_head", "training_column", "RG_TrainReadoutHead", steps=8, validate_every=4)
+    height, width, _ = (pixels := np.asarray(picture)).shape
+    assert pixels[:40].mean() > 200  # a plot on white
+    guided = pixels[height - width // 4 :]  # four square pictures side by side
+    assert guided[:20].mean() > 150  # of the cream wall that was asked for
+    readouts = pixels[height - width // 4 - width // 2 : height - width // 4]  # two rows of four
+    assert readouts[-width // 4 :].mean() < 60  # poses on black
+
+
+def test_an_edit_s_picture_shows_the_arrows_and_what_came_of_them(run):
+    start, dragged = np.split(np.asarray(run("drag", "edit_row", "RG_ReadoutGuidedKSampler", steps=4)), 2, axis=1)
+    assert start.shape == dragged.shape == (256, 256, 3)
+    assert not np.array_equal(start, dragged)
