@@ -132,7 +132,7 @@ def edit_row(executor: Executor, prompt: Prompt) -> Image.Image:
 
 
 def training_column(executor: Executor, prompt: Prompt) -> Image.Image:
-    """What a training's workflow shows and saves, one below another and equally wide. The head is not put into the models."""
+    """What a training's workflow shows and saves, one below another, equally wide. The head is not put into the models."""
     prompt = {key: node for key, node in prompt.items() if node["class_type"] != "RG_SaveReadoutHead"}
     shown = executor.run(prompt)
     views = [key for key, node in prompt.items() if node["class_type"] in ("PreviewImage", "SaveImage")]
