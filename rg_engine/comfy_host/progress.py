@@ -9,11 +9,10 @@ from typing import Any
 import comfy.utils
 import latent_preview
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
-from ..guidance.pictures import readout_picture
+from ..guidance.pictures import as_image, readout_picture
 from .guided_step import Run
 
 PREVIEW_PX = 512
@@ -49,7 +48,7 @@ class RunProgress:
         pictures = []
         for i, readout in self._run.readouts.items():
             shown = readout_picture(readout[:1].cpu(), self._run.objective.targets[i].head.spec, (256, 256))[0]
-            pictures.append(Image.fromarray((shown.clamp(0, 1) * 255).round().to(torch.uint8).numpy()))
+            pictures.append(as_image(shown))
         return pictures
 
 

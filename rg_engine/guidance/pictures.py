@@ -1,12 +1,17 @@
-"""Readouts as pictures."""
+"""Readouts as pictures, and pictures as images."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..heads import HeadSpec
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def readout_picture(readout: Tensor, spec: HeadSpec, size_px: tuple[int, int]) -> Tensor:
@@ -29,6 +34,13 @@ def readout_picture(readout: Tensor, spec: HeadSpec, size_px: tuple[int, int]) -
         picture = _three(principal_directions(readout))
     picture = F.interpolate(picture, size_px, mode="bilinear").clamp(0, 1)
     return picture.permute(0, 2, 3, 1).contiguous()
+
+
+def as_image(picture: Tensor) -> Image.Image:
+    """A picture (h, w, 3) in 0..1, clamped, as Pillow has it."""
+    from PIL import Image
+
+    return Image.fromarray((picture.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
 
 
 def principal_directions(maps: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import TargetError
 from ..types import Drag
+from .pictures import as_image
 
 VERSION = 1
 EXAMPLE = '{"version": 1, "drags": [{"from": [0.3, 0.5], "to": [0.6, 0.5]}]}'
@@ -56,13 +57,13 @@ def _drag(item: Any, number: int) -> Drag:
 def draw_drags(drags: tuple[Drag, ...], picture: Tensor) -> Tensor:
     """The drags as arrows over pictures (B, H, W, 3) in 0..1: a ring where each starts, a head where it ends."""
     import numpy as np
-    from PIL import Image, ImageDraw
+    from PIL import ImageDraw
 
     height, width = picture.shape[1:3]
     unit = max(2.0, min(height, width) / 64)
     out = []
     for frame in picture:
-        image = Image.fromarray((frame[..., :3].clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy())
+        image = as_image(frame[..., :3])
         pen = ImageDraw.Draw(image)
         for drag in drags:
             (x0, y0), (x1, y1) = ((x * width, y * height) for x, y in (drag.start, drag.end))

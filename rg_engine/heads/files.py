@@ -113,7 +113,7 @@ def build_network(tensors: Mapping[str, Tensor], activation: Activation, name: s
         ]
         raise HeadFileError(f"{name!r} is not a complete readout head: {'; '.join(listed)}")
     network.load_state_dict(state)
-    return network.eval().requires_grad_(False), network.feature_channels
+    return network, network.feature_channels
 
 
 def _aggregation(state: Mapping[str, Tensor], activation: Activation, name: str) -> AggregationNetwork:

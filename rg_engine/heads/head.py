@@ -53,11 +53,14 @@ class HeadSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class ReadoutHead:
-    """A head ready to run: its network (fp32, frozen, in eval mode), its spec, and where it came from."""
+    """A head ready to run: its network (fp32; frozen and in eval mode, which it is set to), its spec, where it came from."""
 
     network: Network
     spec: HeadSpec
     name: str
+
+    def __post_init__(self) -> None:
+        self.network.eval().requires_grad_(False)
 
     @property
     def output_channels(self) -> int:

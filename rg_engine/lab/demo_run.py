@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 
 from ..comfy_host.bootstrap import REPOSITORY
 from ..demo.measure import UNITS, control_errors, load_estimator, mean_and_error
 from ..demo.scene_pictures import sample_scenes, scene_pictures
 from ..guidance import GuidanceSettings
+from ..guidance.pictures import as_image
 from .steering import PROMPTS
 from .timing import time_demo
 from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs
@@ -116,10 +117,9 @@ def _make(
 def edit_row(executor: Executor, prompt: Prompt) -> Image.Image:
     """What an edit's workflow starts from (the picture with its arrows, or the scenes), then what it saves, side by side."""
     prompt = copy.deepcopy(prompt)
-    starts = [key for key, node in prompt.items() if node["class_type"] == "RG_DragPoints"]
-    output = 1
+    starts, output = _nodes(prompt, "RG_DragPoints"), 1
     if not starts:
-        starts, output = [key for key, node in prompt.items() if node["class_type"] == "RG_DemoScene"], 0
+        starts, output = _nodes(prompt, "RG_DemoScene"), 0
     views = []
     for key in starts:
         view = {"class_type": "PreviewImage", "inputs": {"images": [key, output]}}
@@ -127,29 +127,21 @@ def edit_row(executor: Executor, prompt: Prompt) -> Image.Image:
         prompt[views[-1]] = view
     shown = executor.run(prompt)
     saved = [_saved(shown[view]) for view in views] + [_pictures(prompt, shown, "SaveImage")]
-    row = _side_by_side(torch.cat(saved))
-    return row.resize((2 * row.width, 2 * row.height))
+    return ImageOps.scale(_side_by_side(torch.cat(saved)), 2)
 
 
 def training_column(executor: Executor, prompt: Prompt) -> Image.Image:
     """What a training's workflow shows and saves, one below another, equally wide. The head is not put into the models."""
     prompt = {key: node for key, node in prompt.items() if node["class_type"] != "RG_SaveReadoutHead"}
     shown = executor.run(prompt)
-    views = [key for key, node in prompt.items() if node["class_type"] in ("PreviewImage", "SaveImage")]
-    rows = [_side_by_side(_saved(shown[key])) for key in views]
+    rows = [_side_by_side(_saved(shown[key])) for key in _nodes(prompt, "PreviewImage", "SaveImage")]
     width = max(row.width for row in rows)
-    rows = [row.resize((width, round(row.height * width / row.width))) for row in rows]
-    column = Image.new("RGB", (width, sum(row.height for row in rows)))
-    y = 0
-    for row in rows:
-        column.paste(row, (0, y))
-        y += row.height
-    return column
+    return Image.fromarray(np.concatenate([np.asarray(ImageOps.scale(row, width / row.width)) for row in rows]))
 
 
 def _pictures(prompt: Prompt, shown: dict[str, Any], class_type: str) -> Tensor:
     """What the node of a class saved, (N, H, W, 3) in 0..1."""
-    (node_id,) = (key for key, node in prompt.items() if node["class_type"] == class_type)
+    (node_id,) = _nodes(prompt, class_type)
     return _saved(shown[node_id])
 
 
@@ -163,8 +155,13 @@ def _saved(output: dict[str, Any]) -> Tensor:
     return torch.stack(loaded)
 
 
+def _nodes(prompt: Prompt, *class_types: str) -> list[str]:
+    """The ids of the nodes of some classes."""
+    return [key for key, node in prompt.items() if node["class_type"] in class_types]
+
+
 def _value(prompt: Prompt, class_type: str, name: str) -> Any:
-    return next(node["inputs"][name] for node in prompt.values() if node["class_type"] == class_type)
+    return prompt[_nodes(prompt, class_type)[0]]["inputs"][name]
 
 
 def contact_sheet(sheets: list[list[tuple[str, Tensor]]], columns: int) -> Image.Image:
@@ -177,7 +174,7 @@ def contact_sheet(sheets: list[list[tuple[str, Tensor]]], columns: int) -> Image
         for name, batch in sheet:
             pen.text((6, y + size // 2 - 6), name, fill="black")
             for k, picture in enumerate(batch[:columns]):
-                image.paste(_image(picture).resize((size, size)), (margin + k * (size + gap), y))
+                image.paste(as_image(picture).resize((size, size)), (margin + k * (size + gap), y))
             y += size + gap
         y += 4 * gap
     return image
@@ -185,9 +182,4 @@ def contact_sheet(sheets: list[list[tuple[str, Tensor]]], columns: int) -> Image
 
 def _side_by_side(pictures: Tensor) -> Image.Image:
     """pictures (N, H, W, 3) in 0..1."""
-    return _image(pictures.movedim(0, 1).flatten(1, 2))
-
-
-def _image(picture: Tensor) -> Image.Image:
-    """picture (H, W, 3) in 0..1."""
-    return Image.fromarray((picture.clamp(0, 1).numpy() * 255).round().astype(np.uint8))
+    return as_image(pictures.movedim(0, 1).flatten(1, 2))

@@ -111,7 +111,7 @@ class HeadTraining:
         spec = dataclasses.replace(
             self._head.spec, training=training, timestep_convention=self._settings.timestep_convention
         )
-        return ReadoutHead(network=network.eval().requires_grad_(False), spec=spec, name=self._head.name)
+        return ReadoutHead(network=network, spec=spec, name=self._head.name)
 
     def _learn(self, model: nn.Module, draw: Draw) -> float:
         """One optimiser step; returns the loss of the whole batch."""
@@ -152,7 +152,7 @@ class HeadTraining:
     @torch.no_grad()
     def _validate(self, draw: Draw) -> tuple[float, tuple[Tensor, Tensor | None]]:
         """The average's loss on the examples kept back; keeps the average if it is the best so far."""
-        network = cast(Network, self._average.module.eval())
+        network = cast(Network, self._average.module)
         average = dataclasses.replace(self._head, network=network)
         losses, shown = [], None
         micro = self._settings.batch // self._settings.accumulate

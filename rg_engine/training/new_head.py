@@ -67,4 +67,4 @@ def new_head(
         activation=network.activation if isinstance(network, AggregationNetwork) else "none",
         training=training or {},
     )
-    return ReadoutHead(network=network.eval().requires_grad_(False), spec=spec, name=name)
+    return ReadoutHead(network=network, spec=spec, name=name)
