@@ -42,7 +42,7 @@ def light_forward(module: nn.Module, casts: bool) -> Forward | None:
         return _run_again(module)
     if "forward" in module.__dict__:  # another node's
         return frozen_forward(module, casts)
-    if (_is_linear(module) or isinstance(module, _CONVOLUTIONS)) and is_known(module):
+    if isinstance(module, _CONVOLUTIONS) and is_known(module):
         return _frozen(module)
     if isinstance(module, GEGLU) and not _watched(module.proj):
         return _gate(module)
