@@ -139,7 +139,7 @@ class BranchReader:
                 plain(c_concat),
                 plain(c_crossattn),
                 plain(control),
-                {**options, "optimized_attention_override": _KERNELS[scope.graph]},
+                {**options, "optimized_attention_override": ATTENTION[scope.graph]},
                 **plain(kwargs),
             )
             features, emb = tap.take()
@@ -211,7 +211,8 @@ def _attention_with_backward(roomy: bool, chosen: Any, q: Tensor, *args: Any, **
     return (chosen if stays else attention_pytorch)(q, *args, **kwargs)
 
 
-_KERNELS = {
+#: By graph: what ``optimized_attention_override`` is in a guided step.
+ATTENTION = {
     "full": functools.partial(_attention_with_backward, True),
     "light": functools.partial(_attention_with_backward, False),
 }

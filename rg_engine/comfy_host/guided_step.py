@@ -20,7 +20,7 @@ from ..features import Backbone
 from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
 from ..guidance.schedule import PlannedStep
 from ..guidance.targets import fit
-from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
+from .branches import ATTENTION, CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
 from .gradient_scope import GradientScope, Graph
 from .memory import is_out_of_memory
 from .sampler_steps import SamplerSteps
@@ -116,7 +116,7 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     prediction = predictions[CONDITIONAL]
     run.losses.append(reader.loss())
     run.readouts = reader.readouts
-    denoised = call.predict(_reusing(prediction, call) if reader.whole else call.options)
+    denoised = call.predict(_reusing(prediction, call, run.graph) if reader.whole else call.options)
     length: float | Tensor = planned.length
     if run.settings.mode == "norm_ratio":
         length = norm_ratio_length(x * scale, _next_z(run, planned, call, denoised), run.settings.strength)
@@ -129,8 +129,11 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     return denoised + move
 
 
-def _reusing(prediction: Tensor, call: ModelCall) -> Options:
-    """Options under which the call's positive prompt is not run again: its prediction is there already."""
+def _reusing(prediction: Tensor, call: ModelCall, graph: Graph) -> Options:
+    """Options under which the call's positive prompt is not run again: its prediction is there already.
+
+    Other prompts run with the attention kernels that it ran with, so that cfg multiplies no difference between kernels.
+    """
     positive, used = call.guider.conds["positive"], False
 
     def calc(calculate: Any, model: Any, conds: list, x: Tensor, *args: Any) -> list[Tensor]:
@@ -142,6 +145,7 @@ def _reusing(prediction: Tensor, call: ModelCall) -> Options:
 
     options = comfy.model_patcher.create_model_options_clone(call.options)
     add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
+    options["transformer_options"].setdefault("optimized_attention_override", ATTENTION[graph])
     return options
 
 

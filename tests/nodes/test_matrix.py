@@ -204,6 +204,34 @@ def test_a_patch_that_writes_in_place(small, mode):
     assert_steered(small, small.sample(small.target(), mode=mode, strength=3.0, iterations=4), unguided)
 
 
+def test_both_branches_of_a_guided_step_run_by_the_same_attention(small, monkeypatch):
+    """cfg would multiply the difference between two kernels as it does that between prompts."""
+    branches, maps = engine("comfy_host.branches"), {True: [], False: []}
+    kernel = branches.attention_pytorch
+
+    def counted(q, *args, **kwargs):
+        maps[torch.is_grad_enabled()].append(q.shape[1])
+        return kernel(q, *args, **kwargs)
+
+    monkeypatch.setattr(branches, "attention_pytorch", counted)
+    small.sample(small.target(), latent_image={"samples": torch.zeros(1, 4, 24, 24)}, steps=2)
+    assert max(maps[True]) == 24 * 24
+    assert maps[False] == maps[True]
+
+
+def test_another_nodes_attention_stays_in_the_branch_that_is_not_read(small):
+    batches = set()
+
+    def override(kernel, q, *args, **kwargs):
+        batches.add(len(q))
+        return kernel(q, *args, **kwargs)
+
+    model = small.model.clone()
+    model.model_options["transformer_options"]["optimized_attention_override"] = override
+    small.sample(small.target(), model=model)
+    assert batches == {1, 2}  # a guided step runs the negative prompt by itself, another step both
+
+
 def test_perturbed_attention_guidance_still_perturbs(small):
     """It runs the same prompt a second time at each step, with other attention."""
     from comfy_extras import nodes_pag
