@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.folders import find_head, head_names, head_version, load_named_head
-from ..rg_engine.comfy_host.readout import read_out
+from ..rg_engine.comfy_host.loaded.readout import read_out
 from ..rg_engine.errors import HeadFileError
 from ..rg_engine.types import HEAD_KINDS
 from .schema import Readout, ReadoutHead, schema

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.inversion import REFINEMENTS, invert_latent
+from ..rg_engine.comfy_host.edits.inversion import REFINEMENTS, invert_latent
 from .schema import schema
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.sampling import guided_ksampler, readout_guider
+from ..rg_engine.comfy_host.guided.sampling import guided_ksampler, readout_guider
 from ..rg_engine.guidance import GuidanceSettings
 from .schema import ReadoutTarget, mode_and_strength, schema
 

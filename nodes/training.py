@@ -7,7 +7,7 @@ from typing import get_args
 from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.folders import save_named_head
-from ..rg_engine.comfy_host.train_node import train_in_graph
+from ..rg_engine.comfy_host.training.node import train_in_graph
 from ..rg_engine.training import TrainingSettings
 from ..rg_engine.training.settings import Precision
 from ..rg_engine.types import HEAD_KINDS

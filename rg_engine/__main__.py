@@ -75,7 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
 
             config = read_config(options.config)
             use_comfyui(config.device)
-            from .comfy_host.train_files import train_from_files
+            from .comfy_host.training.files import train_from_files
 
             train_from_files(config)
             return 0
@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
                 make_pictures(options.work / "data", options.shards, workers=options.workers)
         use_comfyui(options.device)
         if options.command == "benchmark":
-            from .lab.benchmark import run_benchmark
+            from .lab.cost.benchmark import run_benchmark
 
             run_benchmark(
                 options.out, options.shape, options.turns, options.dtype, options.ways,

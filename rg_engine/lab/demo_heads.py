@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..comfy_host.demo_model import load_demo_model
-from ..comfy_host.train_head import train_head
-from ..comfy_host.train_node import graph_examples
+from ..comfy_host.training.head import train_head
+from ..comfy_host.training.node import graph_examples
 from ..demo import DEMO_HEADS
 from ..demo.scene_pictures import Sequence, scene_pictures
 from ..demo.world import Scene

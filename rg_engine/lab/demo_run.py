@@ -18,8 +18,8 @@ from ..demo.measure import UNITS, control_errors, load_estimator, mean_and_error
 from ..demo.scene_pictures import sample_scenes, scene_pictures
 from ..guidance import GuidanceSettings
 from ..guidance.pictures import as_image
+from .cost.timing import time_demo
 from .steering import PROMPTS
-from .timing import time_demo
 from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs
 
 CONTROLS = ("pose", "depth", "edges")

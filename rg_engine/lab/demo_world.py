@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..comfy_host.demo_model import load_demo_model
-from ..comfy_host.sampling import guided_ksampler
+from ..comfy_host.guided.sampling import guided_ksampler
 from ..demo import DEMO_HEADS
 from ..demo.estimator import Estimator
 from ..demo.measure import load_estimator

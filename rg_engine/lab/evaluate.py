@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..comfy_host.frozen_model import FrozenModel, with_frozen_model
+from ..comfy_host.loaded.frozen_model import FrozenModel, with_frozen_model
 from ..demo.measure import mean_and_error
 from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks
 from ..errors import ReadoutGuidanceError

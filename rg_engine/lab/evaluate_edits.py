@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..comfy_host.inversion import invert_latent
+from ..comfy_host.edits.inversion import invert_latent
 from ..demo.estimator import joint_positions
 from ..demo.render import pose_map, render
 from ..demo.scene_pictures import sample_scenes

@@ -1,7 +1,7 @@
 """Trains readout heads on a frozen model: features without a graph, only the head learns."""
 
-from .draws import Draw, Reading
-from .examples import Examples, in_a_row
+from .data.draws import Draw, Reading
+from .data.examples import Examples, in_a_row
 from .lessons import Lesson, lesson_of
 from .loop import HeadTraining, Progress
 from .new_head import new_head

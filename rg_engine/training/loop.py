@@ -19,9 +19,9 @@ from ..errors import TrainingError
 from ..heads import ReadoutHead
 from ..heads.head import Network
 from .checkpoint import load_checkpoint, save_checkpoint
+from .data.draws import Draw, KeptFeatures, Read, Reading, draw_step, draw_validation
+from .data.examples import Examples
 from .distributed import Ranks
-from .draws import Draw, KeptFeatures, Read, Reading, draw_step, draw_validation
-from .examples import Examples
 from .lessons import Lesson
 from .settings import TrainingSettings
 

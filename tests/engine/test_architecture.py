@@ -12,15 +12,18 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted([ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / "rg_engine").rglob("*.py")])
 
-#: Imports run downward only, or stay inside a folder. A new folder gets its floor here.
+#: Imports run downward only, or stay inside a folder. A new folder gets its floor here; the wings of comfy_host have floors
+#: of their own, above what stands beside them.
 FLOORS = {
     "errors": 0, "types": 1,
     "features": 2, "heads": 2, "losses": 2,
     "guidance": 3, "training": 3, "demo": 3,
-    "comfy_host": 4,
+    "comfy_host": 4, "comfy_host.loaded": 4.1, "comfy_host.edits": 4.2, "comfy_host.guided": 4.3, "comfy_host.training": 4.3,
     "convert": 5, "nodes": 5, "lab": 5,
     "__main__": 6, "__init__": 6,
 }  # fmt: skip
+WINGED = {"comfy_host"}
+MOST_FILES = 12
 COMFYUI = {
     "comfy",
     "comfy_api",
@@ -49,7 +52,10 @@ def parse(path: Path) -> ast.Module:
 
 def place(module: tuple[str, ...]) -> str:
     """The part of the plan that a module (its path from the root, without .py) belongs to."""
-    return module[1] if module[0] == "rg_engine" and len(module) > 1 else module[0]
+    if module[0] != "rg_engine" or len(module) == 1:
+        return module[0]
+    winged = module[1] in WINGED and len(module) > 2 and (ROOT / "rg_engine" / module[1] / module[2]).is_dir()
+    return ".".join(module[1:3]) if winged else module[1]
 
 
 def own_place(path: Path) -> str:
@@ -94,13 +100,18 @@ def test_imports_run_downward_or_stay_inside_a_folder(path):
     assert not upward
 
 
+def test_no_folder_of_the_engine_is_a_hall():
+    folders = [ROOT / "rg_engine", *(path for path in (ROOT / "rg_engine").rglob("*") if path.is_dir())]
+    assert not [folder for folder in folders if len(list(folder.glob("*.py"))) > MOST_FILES]
+
+
 def test_the_engine_is_imported_relatively_only(path):
     """ComfyUI loads the extension under a name of its own."""
     assert "rg_engine" not in set(absolute_imports(parse(path)))
 
 
 def test_only_the_host_and_the_nodes_import_comfyui(path):
-    if own_place(path) not in MAY_IMPORT_COMFYUI:
+    if own_place(path).partition(".")[0] not in MAY_IMPORT_COMFYUI:
         assert not set(absolute_imports(parse(path))) & COMFYUI
 
 

@@ -9,7 +9,7 @@ import torch
 from small_training import KINDS, examples, read, settings
 
 from rg_engine.training import in_a_row
-from rg_engine.training.draws import Draw, KeptFeatures, draw_step, draw_validation
+from rg_engine.training.data.draws import Draw, KeptFeatures, draw_step, draw_validation
 
 GIVEN = examples("spatial", 10)
 

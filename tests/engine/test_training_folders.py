@@ -13,7 +13,7 @@ from PIL import Image
 
 from rg_engine.errors import TrainingError
 from rg_engine.training.config import TrainingConfig, read_config
-from rg_engine.training.folders import FileExamples, gather_files, load_picture, prompt_of
+from rg_engine.training.data.folders import FileExamples, gather_files, load_picture, prompt_of
 
 KINDS = ("spatial", "keypoint", "lgp", "correspondence", "appearance")
 SIZE = (48, 32)  # of the pictures in pixels: the centre square is 32 wide and begins 8 from the left

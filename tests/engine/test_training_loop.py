@@ -13,7 +13,7 @@ from small_training import BACKBONE, KINDS, SIZE, examples, read, settings, trai
 from rg_engine.errors import TrainingError
 from rg_engine.heads import ReadoutHead
 from rg_engine.training import lesson_of, new_head
-from rg_engine.training.draws import draw_validation
+from rg_engine.training.data.draws import draw_validation
 from rg_engine.training.plot import loss_plot
 
 

@@ -19,7 +19,7 @@ def benchmark():
     import comfy.utils
 
     level, bars = logging.getLogger().level, comfy.utils.PROGRESS_BAR_ENABLED
-    yield engine("lab.benchmark")
+    yield engine("lab.cost.benchmark")
     logging.getLogger().setLevel(level)
     comfy.utils.set_progress_bar_enabled(bars)
 
@@ -66,7 +66,7 @@ def count_tensors() -> int:
 @pytest.fixture
 def runs(benchmark, monkeypatch):
     """A small model, and a function that samples a model three steps in some way of the benchmark's."""
-    models = engine("lab.benchmark_models")
+    models = engine("lab.cost.models")
     monkeypatch.setattr(benchmark, "STEPS", 3)
     shape = models.SHAPES["demo"]
     model = models.random_model(shape, torch.float32)

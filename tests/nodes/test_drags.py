@@ -15,7 +15,7 @@ ANCHOR = ((0.2, 0.8), (0.2, 0.8))
 @pytest.fixture
 def kit(small, monkeypatch):
     """small, and: target(*arrows, ...); draw(target, ...) -> latent; guider(target, **settings); calls(), of the network."""
-    monkeypatch.setattr(engine("comfy_host.guided_model"), "SOURCES", engine("comfy_host.source_pass").SourcePasses())
+    monkeypatch.setattr(engine("comfy_host.guided.model"), "SOURCES", engine("comfy_host.guided.source_pass").SourcePasses())
     head, seen = small.head("correspondence"), []
     small.model.model.diffusion_model.register_forward_pre_hook(lambda *_: seen.append(1))
     inputs = {
@@ -30,11 +30,13 @@ def kit(small, monkeypatch):
     def draw(target, strength=2.0, **more):
         seen.clear()
         settings = engine("guidance").GuidanceSettings(strength=strength)
-        return engine("comfy_host.sampling").guided_ksampler(small.model, target, settings, **{**inputs, **more})["samples"]
+        return engine("comfy_host.guided.sampling").guided_ksampler(small.model, target, settings, **{**inputs, **more})[
+            "samples"
+        ]
 
     def guider(target, **settings):
         settings = engine("guidance").GuidanceSettings(**settings)
-        make = engine("comfy_host.sampling").readout_guider
+        make = engine("comfy_host.guided.sampling").readout_guider
         return make(small.model, small.positive, small.negative, 4.0, target, settings)
 
     return SimpleNamespace(small=small, head=head, target=target, draw=draw, guider=guider, calls=lambda: len(seen))

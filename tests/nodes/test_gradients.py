@@ -50,7 +50,7 @@ def made(name, change=None, dtype=torch.float32):
 
 
 def scope_of(network, graph):
-    return engine("comfy_host.gradient_scope").GradientScope(network, graph)
+    return engine("comfy_host.loaded.gradient_scope").GradientScope(network, graph)
 
 
 def ours(name, graph, change=None, dtype=torch.float32) -> torch.Tensor:
@@ -395,9 +395,9 @@ def objective(weight=1.0):
 def read(model, graph="full", weight=1.0):
     """A reader that has read one branch of ``model`` and compared it with a control."""
     x, context, _ = tensors()
-    backbone = engine("comfy_host.guided_model").backbone_of(model)
+    backbone = engine("comfy_host.loaded.model").backbone_of(model)
     scope = scope_of(model.model.diffusion_model, graph)
-    reader = engine("comfy_host.branches").BranchReader(backbone, objective(weight), x, active=(0,), scope=scope)
+    reader = engine("comfy_host.guided.branches").BranchReader(backbone, objective(weight), x, active=(0,), scope=scope)
     options = reader.install({})["transformer_options"]
     model.model.apply_model(x, torch.full((2,), SIGMA), c_crossattn=context, transformer_options=options)
     return reader
@@ -414,7 +414,7 @@ def in_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_a_readouts_gradient_is_that_of_plain_autograd_from_the_loss_to_the_latent(dtype, graph):
     features = engine("features")
-    options = {"optimized_attention_override": engine("comfy_host.branches").ATTENTION[graph]}
+    options = {"optimized_attention_override": engine("comfy_host.guided.branches").ATTENTION[graph]}
     with plain_autograd():
         model = in_precision(dtype)
         network = model.model.diffusion_model.requires_grad_(False)
@@ -447,7 +447,7 @@ def test_a_tiny_loss_does_not_underflow_in_half_precision(dtype):
 def test_two_branches_in_one_pass_give_what_they_give_one_by_one(small, graph):
     from comfy.patcher_extension import WrappersMP
 
-    backbone = engine("comfy_host.guided_model").backbone_of(small.model)
+    backbone = engine("comfy_host.loaded.model").backbone_of(small.model)
     found, rows = [], []
 
     def at_a_step(executor, x, timestep, options, seed):
@@ -455,7 +455,7 @@ def test_two_branches_in_one_pass_give_what_they_give_one_by_one(small, graph):
         network.register_forward_pre_hook(lambda module, args: rows.append(args[0].shape[0]))
         for which in ((0, 1), (0,), (1,)):
             scope = scope_of(network, graph)
-            reader = engine("comfy_host.branches").BranchReader(backbone, objective(), x, active=(0,), scope=scope)
+            reader = engine("comfy_host.guided.branches").BranchReader(backbone, objective(), x, active=(0,), scope=scope)
             found.append((reader, reader.run(executor.class_obj, which, x, timestep, options)))
         return executor(x, timestep, options, seed)
 

@@ -29,7 +29,7 @@ def kit(comfyui):
 def kit_of(model, latent, positive, negative):
     def invert(latent=latent, **settings):
         given = {"steps": STEPS, "scheduler": "normal", "positive": positive, **settings}
-        return engine("comfy_host.inversion").invert_latent(model, latent, **given)
+        return engine("comfy_host.edits.inversion").invert_latent(model, latent, **given)
 
     def sample(latent, target=None, strength=2.0, **settings):
         given = {
@@ -37,7 +37,7 @@ def kit_of(model, latent, positive, negative):
             "negative": negative, "denoise": 1.0, **settings,
         }  # fmt: skip
         guidance = engine("guidance").GuidanceSettings(strength=strength)
-        return engine("comfy_host.sampling").guided_ksampler(model, target, guidance, latent=latent, **given)
+        return engine("comfy_host.guided.sampling").guided_ksampler(model, target, guidance, latent=latent, **given)
 
     return SimpleNamespace(model=model, latent=latent, positive=positive, negative=negative, invert=invert, sample=sample)
 
@@ -95,7 +95,7 @@ def test_the_seed_and_strength_0_change_nothing(kit):
 
 
 def test_only_the_inverted_latent_is_marked_as_such(kit):
-    mark = engine("comfy_host.inversion").INVERTED
+    mark = engine("comfy_host.edits.inversion").INVERTED
     inverted, error = kit.invert(refinements=0)
     assert inverted[mark].error == error
     assert mark not in kit.latent
@@ -103,7 +103,7 @@ def test_only_the_inverted_latent_is_marked_as_such(kit):
 
 
 def test_a_picture_that_other_nodes_made_of_it_is_sampled_as_any(kit):
-    mark = engine("comfy_host.inversion").INVERTED
+    mark = engine("comfy_host.edits.inversion").INVERTED
     inverted, _ = kit.invert(refinements=0)
     painted = kit.sample(inverted)
     marked = kit.sample({**painted, mark: inverted[mark]}, denoise=0.5)  # ComfyUI's own samplers keep what they don't know
@@ -205,7 +205,7 @@ def drag(eps):
 
 
 def test_a_drag_on_an_inverted_latent_has_a_source_and_moves(eps, monkeypatch):
-    monkeypatch.setattr(engine("comfy_host.guided_model"), "SOURCES", engine("comfy_host.source_pass").SourcePasses())
+    monkeypatch.setattr(engine("comfy_host.guided.model"), "SOURCES", engine("comfy_host.guided.source_pass").SourcePasses())
     inverted, _ = eps.invert(steps=EPS_STEPS, refinements=1)
     seen = []
     eps.model.model.diffusion_model.register_forward_pre_hook(lambda *_: seen.append(1))
@@ -226,7 +226,7 @@ def test_a_drag_on_an_inverted_latent_has_a_source_and_moves(eps, monkeypatch):
 def demo_head(model):
     """A correspondence head with random weights for the demo model."""
     heads = engine("heads")
-    backbone = engine("comfy_host.guided_model").backbone_of(model)
+    backbone = engine("comfy_host.loaded.model").backbone_of(model)
     with torch.inference_mode(False):
         network = heads.AggregationNetwork(
             backbone.channels, projection_channels=128, emb_width=backbone.emb_width, output_channels=0
@@ -248,7 +248,7 @@ def test_a_reference_beside_an_inverted_latent_is_read_with_noise_of_the_seed(ep
     inverted, _ = eps.invert(steps=EPS_STEPS, refinements=0)
     reference = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(1))
     look = engine("guidance").Target(head=eps.small.head("appearance"), reference_latent=reference, end_percent=0.6)
-    sigma = float(inverted[engine("comfy_host.inversion").INVERTED].sigma)
+    sigma = float(inverted[engine("comfy_host.edits.inversion").INVERTED].sigma)
     inputs = []
     eps.model.model.diffusion_model.register_forward_pre_hook(lambda _, given: inputs.append(given[0].clone()))
 

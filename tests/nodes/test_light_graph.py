@@ -17,7 +17,7 @@ RUN = {"latent_image": {"samples": torch.zeros(SHAPE)}, "steps": 2}
 def guided(small, graph, model):
     """The finished latent of a run that is guided with this graph."""
     settings = engine("guidance").GuidanceSettings(strength=2.0)
-    return small.plain(model=engine("comfy_host.guided_model").guide(model, small.target(), settings, graph), **RUN)
+    return small.plain(model=engine("comfy_host.guided.model").guide(model, small.target(), settings, graph), **RUN)
 
 
 def logged(caplog, words: str) -> list[str]:
@@ -27,7 +27,7 @@ def logged(caplog, words: str) -> list[str]:
 @pytest.mark.usefixtures("comfyui")
 @pytest.mark.parametrize(("name", "mode"), [("small", "fast"), ("demo", "reference")])
 def test_a_guided_step_keeps_less_than_half(name, mode, monkeypatch):
-    benchmark, models = engine("lab.benchmark"), engine("lab.benchmark_models")
+    benchmark, models = engine("lab.cost.benchmark"), engine("lab.cost.models")
     monkeypatch.setattr(benchmark, "STEPS", 2)  # of which one is guided
     shape = dataclasses.replace(models.SHAPES[name], cells=16)
     model = models.random_model(shape, torch.float32)
@@ -135,12 +135,12 @@ def has_free(monkeypatch, size: float) -> None:
 
 
 def size_of(model, branches=1):
-    backbone = engine("comfy_host.guided_model").backbone_of(model)
-    return engine("comfy_host.memory").GraphSize(backbone=backbone, heads=(), branches=branches)
+    backbone = engine("comfy_host.loaded.model").backbone_of(model)
+    return engine("comfy_host.loaded.memory").GraphSize(backbone=backbone, heads=(), branches=branches)
 
 
 def chosen(model, branches=1):
-    return engine("comfy_host.memory").choose_graph(model, size_of(model, branches), SHAPE)
+    return engine("comfy_host.loaded.memory").choose_graph(model, size_of(model, branches), SHAPE)
 
 
 def needed(model, branches=1) -> float:

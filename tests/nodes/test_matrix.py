@@ -125,7 +125,7 @@ def test_other_nodes_code_with_weights_of_its_own(small, kind, graph, monkeypatc
     unguided = small.plain(model=model, steps=2)
     assert all(weight.is_inference() for weight in widths.values())
     settings = engine("guidance").GuidanceSettings(strength=2.0)
-    guided = small.plain(model=engine("comfy_host.guided_model").guide(model, small.target(), settings, graph), steps=2)
+    guided = small.plain(model=engine("comfy_host.guided.model").guide(model, small.target(), settings, graph), steps=2)
     assert guided.isfinite().all()
     assert not torch.allclose(guided, unguided, atol=1e-2)
 
@@ -141,7 +141,7 @@ def test_a_lora_beside_the_weights(small, graph):
     beside, _ = comfy.sd.load_bypass_lora_for_models(small.model, None, lora, 1.0, 0.0)
     within, _ = comfy.sd.load_lora_for_models(small.model, None, lora, 1.0, 0.0)
     settings = engine("guidance").GuidanceSettings(strength=2.0)
-    guide = engine("comfy_host.guided_model").guide
+    guide = engine("comfy_host.guided.model").guide
     found, wanted, unguided = (
         small.plain(model=model, steps=2)  # with more steps, rounding grows
         for model in (guide(beside, small.target(), settings, graph), guide(within, small.target(), settings, graph), beside)
@@ -206,7 +206,7 @@ def test_a_patch_that_writes_in_place(small, mode):
 
 def test_both_branches_of_a_guided_step_run_by_the_same_attention(small, monkeypatch):
     """cfg would multiply the difference between two kernels as it does that between prompts."""
-    branches, maps = engine("comfy_host.branches"), {True: [], False: []}
+    branches, maps = engine("comfy_host.guided.branches"), {True: [], False: []}
     kernel = branches.attention_pytorch
 
     def counted(q, *args, **kwargs):
@@ -322,7 +322,7 @@ def test_sdxl_shape_with_pooled_conditioning(comfyui):
     from small_models import sdxl_model
 
     model = sdxl_model()
-    backbone = engine("comfy_host.guided_model").backbone_of(model)
+    backbone = engine("comfy_host.loaded.model").backbone_of(model)
     heads = engine("heads")
     with torch.inference_mode(False):
         network = heads.AggregationNetwork(

@@ -14,8 +14,8 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 @pytest.mark.parametrize("graph", ["full", "light"])
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_the_estimate_is_near_what_is_kept(name, graph):
-    memory, shape = engine("comfy_host.memory"), engine("lab.benchmark_models").SHAPES[name]
-    counts = engine("lab.operations").count(shape, graph)
+    memory, shape = engine("comfy_host.loaded.memory"), engine("lab.cost.models").SHAPES[name]
+    counts = engine("lab.cost.operations").count(shape, graph)
     cells, backbone = shape.cells**2, counts.backbone
     head = engine("heads.aggregation").AggregationNetwork(backbone.channels, output_channels=3)
     assert 0.95 * counts.kept <= 2 * cells * memory.GRAPH_ELEMENTS_PER_CELL[backbone.name][graph] <= 1.1 * counts.kept
@@ -33,7 +33,7 @@ def test_the_estimate_is_near_what_is_kept(name, graph):
 def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(small, mode, branches, graph):
     from comfy.patcher_extension import WrappersMP
 
-    guided_model = engine("comfy_host.guided_model")
+    guided_model = engine("comfy_host.guided.model")
     asked = []
 
     def prepare(executor, model, noise_shape, *args, **kwargs):
@@ -46,8 +46,8 @@ def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(smal
     small.plain(model=guided, steps=3)
     (asked_shape,) = asked
     picture, all_pictures = (small.model.model.memory_required([2 * b, 4, 16, 16]) for b in (1, asked_shape[0]))
-    size = engine("comfy_host.memory").GraphSize(
-        backbone=guided_model.backbone_of(small.model), heads=(small.head("spatial"),), branches=branches
+    size = engine("comfy_host.loaded.memory").GraphSize(
+        backbone=engine("comfy_host.loaded.model").backbone_of(small.model), heads=(small.head("spatial"),), branches=branches
     )
     needed = size.bytes(small.model, [1, 4, 16, 16], graph)
     assert needed <= all_pictures - picture < needed + picture

@@ -71,7 +71,7 @@ def break_update(small, monkeypatch):
     def fail(*_, **__):
         raise Broken
 
-    monkeypatch.setattr(engine("comfy_host.guided_step"), "rms_step", fail)
+    monkeypatch.setattr(engine("comfy_host.guided.step"), "rms_step", fail)
 
 
 def interrupt(small, monkeypatch):

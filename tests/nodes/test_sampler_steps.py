@@ -25,7 +25,7 @@ class OnTheDevice:
 @pytest.mark.parametrize(("name", "between"), [("sample_euler", []), ("sample_dpm_2", [0.5]), ("sample_heun", [1.0])])
 def test_a_step_is_guided_once_and_the_device_waited_for_in_guided_steps_only(name, between):
     """between: how far into the next step a sampler calls the model again, after its callback."""
-    guidance, steps = engine("guidance"), engine("comfy_host.sampler_steps")
+    guidance, steps = engine("guidance"), engine("comfy_host.guided.sampler_steps")
     plan = guidance.make_plan([(0.0, 0.5)], SIGMAS, guidance.GuidanceSettings(), lambda percent: 30 * (1 - percent))
     followed = steps.SamplerSteps(plan, SimpleNamespace(sampler_function=SimpleNamespace(__name__=name)), SIGMAS)
     asked: list[float] = []

@@ -28,7 +28,7 @@ def network(x, weights, in_place):
 
 @pytest.mark.usefixtures("comfyui")
 def test_writes_in_place_do_not_change_the_gradient():
-    beside_other_nodes = engine("comfy_host.saved_tensors").beside_other_nodes
+    beside_other_nodes = engine("comfy_host.loaded.saved_tensors").beside_other_nodes
     with torch.inference_mode(False), torch.enable_grad():
         weights = torch.randn(12, 8, 8, generator=torch.Generator().manual_seed(0)) * 0.3
         for seed in range(50):
@@ -51,6 +51,6 @@ def test_weights_of_inference_mode_may_be_multiplied_with():
         with pytest.raises(RuntimeError, match="Inference tensors"):
             leaf @ weight
         expected = torch.autograd.grad((((leaf @ weight.clone() + bias.clone()) * weight[0].clone()) ** 2).sum(), leaf)[0]
-        with engine("comfy_host.saved_tensors").beside_other_nodes():
+        with engine("comfy_host.loaded.saved_tensors").beside_other_nodes():
             out = torch.nn.functional.linear(leaf, weight.T, bias=bias) * torch.cat([weight[0][:2], weight[0][2:]])
             torch.testing.assert_close(torch.autograd.grad((out**2).sum(), leaf)[0], expected)

@@ -19,7 +19,7 @@ def kit(small):
     """small, and: head; drag(arrow, ...), a target; draw(target, ...) -> latent; calls(), of the network in the last draw;
     forgotten(), a scope without
     the passes kept so far."""
-    guided_model = engine("comfy_host.guided_model")
+    guided_model = engine("comfy_host.guided.model")
     kit = SimpleNamespace(small=small, model=small.model, head=small.head("correspondence"))
     seen = []
 
@@ -39,7 +39,7 @@ def kit(small):
     @contextlib.contextmanager
     def forgotten():
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(guided_model, "SOURCES", engine("comfy_host.source_pass").SourcePasses())
+            patch.setattr(guided_model, "SOURCES", engine("comfy_host.guided.source_pass").SourcePasses())
             yield
 
     kit.drag, kit.draw, kit.forgotten, kit.calls = drag, draw, forgotten, lambda: len(seen)
@@ -112,7 +112,7 @@ def test_a_guider_uses_the_source_of_the_sampler_node(kit):
     by_node = kit.draw(kit.drag(THERE))
     settings = engine("guidance").GuidanceSettings(strength=2.0)
     small, latent = kit.small, empty()["samples"]
-    guider = engine("comfy_host.sampling").readout_guider(
+    guider = engine("comfy_host.guided.sampling").readout_guider(
         kit.model, small.positive, small.negative, 4.0, kit.drag(THERE), settings
     )
     sigmas = comfy.samplers.calculate_sigmas(kit.model.get_model_object("model_sampling"), "normal", 3)
@@ -291,7 +291,9 @@ def custom(kit, function, arrow=HERE):
 
     settings, small, latent = engine("guidance").GuidanceSettings(), kit.small, empty()["samples"]
     target = kit.drag(arrow)
-    guider = engine("comfy_host.sampling").readout_guider(kit.model, small.positive, small.negative, 4.0, target, settings)
+    guider = engine("comfy_host.guided.sampling").readout_guider(
+        kit.model, small.positive, small.negative, 4.0, target, settings
+    )
     sigmas = comfy.samplers.calculate_sigmas(kit.model.get_model_object("model_sampling"), "normal", 3)
     noise = torch.randn(latent.shape, generator=torch.Generator().manual_seed(0))
     totals = []
@@ -352,7 +354,7 @@ def test_a_source_pass_that_was_cut_short_is_not_kept(kit, how):
 
 @pytest.fixture
 def passes(comfyui):
-    return engine("comfy_host.source_pass")
+    return engine("comfy_host.guided.source_pass")
 
 
 def test_the_passes_used_last_are_kept(passes):

@@ -457,7 +457,7 @@ def test_an_lgp_head_takes_encoded_edges_not_pictures(lesson, home):
 def read(model: Any, positive: Any, shape: tuple[int, ...], time: torch.Tensor, rows: Any = slice(None), **more: Any) -> Any:
     """Features of random pictures (of which ``rows`` are read) at parts of the diffusion time."""
     pictures, noise = torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
-    frozen = engine("comfy_host.frozen_model")
+    frozen = engine("comfy_host.loaded.frozen_model")
     return frozen.with_frozen_model(
         model, positive, (1, *shape[1:]), lambda loaded: loaded.read(pictures[rows], noise[rows], time[rows], **more)
     )

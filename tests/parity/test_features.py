@@ -29,7 +29,7 @@ def forward(golden):
     """eps, features and emb of the kit's forward pass."""
     model = parity_model()
     network = model.model.diffusion_model
-    backbone = engine("comfy_host.guided_model").backbone_of(model)
+    backbone = engine("comfy_host.loaded.model").backbone_of(model)
     with engine("features").FeatureTap(network, backbone) as tap:
         timestep = golden["fwd.timestep"].float().expand(2)
         eps = network(golden["fwd.x"], timestep, context=golden["fwd.ctx"])
@@ -56,7 +56,7 @@ def test_readouts_with_and_without_emb(golden, forward, name):
 @pytest.mark.parametrize("run", ["spatial", "drag"])
 def test_loss_and_gradient_of_one_branch(golden, run):
     """Row 1 is guided, row 0 the source; the gradient goes through ComfyUI's apply_model and this extension's scope."""
-    guidance, branches, host = engine("guidance"), engine("comfy_host.branches"), engine("comfy_host.guided_model")
+    guidance, branches, host = engine("guidance"), engine("comfy_host.guided.branches"), engine("comfy_host.loaded.model")
     model = parity_model()
     backbone, model_sampling = host.backbone_of(model), model.model.model_sampling
     target = _target(run, golden, guidance)

@@ -107,7 +107,7 @@ def test_a_guided_run_with_all_three_losses():
     generator = torch.Generator().manual_seed(0)
     model = sdxl_model()
     network = model.model.diffusion_model
-    backbone = engine("comfy_host.guided_model").backbone_of(model)
+    backbone = engine("comfy_host.loaded.model").backbone_of(model)
     assert backbone.channels == (128,) * 3 + (64,) * 3 + (32,) * 3
     heads = engine("heads")
 

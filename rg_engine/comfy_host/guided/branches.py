@@ -19,12 +19,13 @@ from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..errors import BackboneError
-from ..features import Backbone, FeatureTap
-from ..guidance import Branch, Objective, SourceStep
-from .frozen_layers import plain
-from .gradient_scope import GradientScope
-from .saved_tensors import beside_other_nodes
+from ...errors import BackboneError
+from ...features import Backbone, FeatureTap
+from ...guidance import Branch, Objective, SourceStep
+from ..loaded.frozen_layers import plain
+from ..loaded.gradient_scope import GradientScope
+from ..loaded.model import input_scale
+from ..loaded.saved_tensors import beside_other_nodes
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 _NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
@@ -190,12 +191,6 @@ def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) 
     if scope.shared or control is not None or options.get("patches") or options.get("patches_replace"):
         return beside_other_nodes()
     return contextlib.nullcontext()
-
-
-def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
-    """z / x at this noise level, (B, 1, 1, 1): what the network's input is multiplied by."""
-    ones = torch.ones_like(x[:, :1, :1, :1])
-    return model.model_sampling.calculate_input(sigma.expand(x.shape[0]), ones)
 
 
 def _attention_with_backward(roomy: bool, chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..guidance import SourceStep
+from ...guidance import SourceStep
 
 MOST_PASSES = 4
 #: What changes from run to run without changing the source.

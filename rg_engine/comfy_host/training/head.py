@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from ..errors import ReadoutGuidanceError, TrainingError
-from ..heads import ReadoutHead
-from ..training import Draw, Examples, HeadTraining, Progress, Reading, TrainingSettings, lesson_of, new_head
-from ..training.distributed import Ranks
-from .frozen_model import FrozenModel, with_frozen_model
-from .guided_model import backbone_of
+from ...errors import ReadoutGuidanceError, TrainingError
+from ...heads import ReadoutHead
+from ...training import Draw, Examples, HeadTraining, Progress, Reading, TrainingSettings, lesson_of, new_head
+from ...training.distributed import Ranks
+from ..loaded.frozen_model import FrozenModel, with_frozen_model
+from ..loaded.model import backbone_of
 
 log = logging.getLogger("readout_guidance")
 

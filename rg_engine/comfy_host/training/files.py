@@ -12,17 +12,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import TrainingError
-from ..guidance.targets import fit
-from ..heads import ReadoutHead, save_head
-from ..training import Examples, Progress
-from ..training.config import TrainingConfig
-from ..training.distributed import Ranks, joined
-from ..training.folders import FileExamples, gather_files, load_picture, prompt_of
-from ..training.new_head import as_controls, empty_value
-from ..training.plot import loss_plot
-from .demo_model import load_demo_model
-from .train_head import train_head
+from ...errors import TrainingError
+from ...guidance.targets import fit
+from ...heads import ReadoutHead, save_head
+from ...training import Examples, Progress
+from ...training.config import TrainingConfig
+from ...training.data.folders import FileExamples, gather_files, load_picture, prompt_of
+from ...training.distributed import Ranks, joined
+from ...training.new_head import as_controls, empty_value
+from ...training.plot import loss_plot
+from ..demo_model import load_demo_model
+from .head import train_head
 
 ENCODED_AT_ONCE = 8
 

@@ -8,10 +8,10 @@ from typing import Any
 import comfy.samplers
 import torch
 
-from ..errors import TargetError
-from ..guidance import GuidanceSettings, Target
-from .guided_model import guide
-from .inversion import INVERTED, Inverted, inversion_of
+from ...errors import TargetError
+from ...guidance import GuidanceSettings, Target
+from ..edits.inversion import INVERTED, Inverted, inversion_of
+from .model import guide
 
 log = logging.getLogger("readout_guidance")
 DETERMINISTIC = ("euler", "ddim")  # what retraces an inversion

@@ -11,16 +11,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..errors import TrainingError
-from ..guidance.pictures import readout_picture
-from ..guidance.targets import fit
-from ..heads import HeadSpec, ReadoutHead
-from ..training import Examples, Progress, TrainingSettings, in_a_row, lesson_of
-from ..training.new_head import as_controls, empty_value, range_of
-from ..training.plot import loss_plot
-from ..types import HeadKind
-from .folders import checkpoint_path, save_named_head
-from .train_head import train_head
+from ...errors import TrainingError
+from ...guidance.pictures import readout_picture
+from ...guidance.targets import fit
+from ...heads import HeadSpec, ReadoutHead
+from ...training import Examples, Progress, TrainingSettings, in_a_row, lesson_of
+from ...training.new_head import as_controls, empty_value, range_of
+from ...training.plot import loss_plot
+from ...types import HeadKind
+from ..folders import checkpoint_path, save_named_head
+from .head import train_head
 
 log = logging.getLogger("readout_guidance")
 PREVIEW_PX = 192

@@ -12,8 +12,8 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..errors import TargetError
-from .frozen_model import empty_prompt
+from ...errors import TargetError
+from ..loaded.frozen_model import empty_prompt
 
 #: Fixed-point steps for each step of the schedule; 0 is plain DDIM inversion (see the README for what each gives).
 REFINEMENTS = 4

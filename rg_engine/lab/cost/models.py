@@ -15,10 +15,10 @@ import comfy.supported_models
 import torch
 from torch import Tensor, nn
 
-from ..comfy_host.demo_model import UNET_CONFIG, DemoModelConfig
-from ..comfy_host.guided_model import backbone_of
-from ..heads import ReadoutHead
-from ..training import new_head
+from ...comfy_host.demo_model import UNET_CONFIG, DemoModelConfig
+from ...comfy_host.loaded.model import backbone_of
+from ...heads import ReadoutHead
+from ...training import new_head
 
 _COMMON = {
     "image_size": 32, "in_channels": 4, "out_channels": 4, "model_channels": 320, "use_spatial_transformer": True,

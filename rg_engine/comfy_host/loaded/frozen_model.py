@@ -16,12 +16,11 @@ from comfy.ldm.modules.diffusionmodules.util import timestep_embedding
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..errors import TargetError
-from ..features import Backbone, FeatureTap
-from ..training import Reading
-from .branches import input_scale
+from ...errors import TargetError
+from ...features import Backbone, FeatureTap
+from ...training import Reading
 from .frozen_layers import plain
-from .guided_model import backbone_of
+from .model import backbone_of, input_scale
 
 KEY = "readout_guidance_read"
 Result = TypeVar("Result")

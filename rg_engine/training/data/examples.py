@@ -8,9 +8,9 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ..errors import TrainingError
-from ..types import HeadKind
-from .lessons import lesson_of
+from ...errors import TrainingError
+from ...types import HeadKind
+from ..lessons import lesson_of
 
 #: What each kind wants, in words.
 EXPECTED = {

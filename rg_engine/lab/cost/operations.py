@@ -14,11 +14,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from ..comfy_host.gradient_scope import GradientScope, Graph
-from ..features import Backbone, FeatureTap, detect_backbone
-from ..heads import aggregation
-from ..training import new_head
-from .benchmark_models import TOKENS, Shape, control_network, describe
+from ...comfy_host.loaded.gradient_scope import GradientScope, Graph
+from ...features import Backbone, FeatureTap, detect_backbone
+from ...heads import aggregation
+from ...training import new_head
+from .models import TOKENS, Shape, control_network, describe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

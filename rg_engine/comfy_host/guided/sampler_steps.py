@@ -15,8 +15,8 @@ from typing import Any, SupportsFloat
 
 from torch import Tensor
 
-from ..guidance import Plan
-from ..guidance.schedule import PlannedStep
+from ...guidance import Plan
+from ...guidance.schedule import PlannedStep
 
 #: Samplers that, after their callback, call the model at the next step's sigma before that step begins, and how often.
 CALLS_AT_NEXT_SIGMA = {

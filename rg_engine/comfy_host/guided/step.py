@@ -16,13 +16,14 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ..features import Backbone
-from ..guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
-from ..guidance.schedule import PlannedStep
-from ..guidance.targets import fit
-from .branches import ATTENTION, CONDITIONAL, UNCONDITIONAL, BranchReader, input_scale
-from .gradient_scope import GradientScope, Graph
-from .memory import is_out_of_memory
+from ...features import Backbone
+from ...guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
+from ...guidance.schedule import PlannedStep
+from ...guidance.targets import fit
+from ..loaded.gradient_scope import GradientScope, Graph
+from ..loaded.memory import is_out_of_memory
+from ..loaded.model import input_scale
+from .branches import ATTENTION, CONDITIONAL, UNCONDITIONAL, BranchReader
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 

@@ -20,8 +20,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from ..errors import TrainingError
-from .config import TrainingConfig
+from ...errors import TrainingError
+from ..config import TrainingConfig
 
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 POINTS_AN_EXAMPLE = 64

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..guidance.pictures import as_image, readout_picture
-from .guided_step import Run
+from ...guidance.pictures import as_image, readout_picture
+from .step import Run
 
 PREVIEW_PX = 512
 

@@ -11,12 +11,12 @@ import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..comfy_host.demo_model import load_demo_model
-from ..comfy_host.gradient_scope import Graph
-from ..comfy_host.guided_model import guide
-from ..demo.scene_pictures import scene_pictures
-from ..guidance import GuidanceSettings, Target
-from .demo_world import demo_head
+from ...comfy_host.demo_model import load_demo_model
+from ...comfy_host.guided.model import guide
+from ...comfy_host.loaded.gradient_scope import Graph
+from ...demo.scene_pictures import scene_pictures
+from ...guidance import GuidanceSettings, Target
+from ..demo_world import demo_head
 
 KEY = "timing"
 TURNS = 2

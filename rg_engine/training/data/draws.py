@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..lessons import Truth, lesson_of
+from ..settings import TrainingSettings
 from .examples import Examples
-from .lessons import Truth, lesson_of
-from .settings import TrainingSettings
 
 STEP, KEPT, VALIDATION = range(3)  # what a random stream is for
 

@@ -13,24 +13,24 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ..features import Backbone, check_head_fits, detect_backbone
-from ..guidance import GuidanceSettings, Objective, Target, chain, make_plan
-from ..guidance.schedule import DRAG_INTERVAL, LOOK_INTERVAL
-from ..heads import ReadoutHead
-from .gradient_scope import Graph
-from .guided_step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
-from .memory import GraphSize, choose_graph, with_room_for_graph
+from ...features import Backbone
+from ...guidance import GuidanceSettings, Objective, Target, chain, make_plan
+from ...guidance.schedule import DRAG_INTERVAL, LOOK_INTERVAL
+from ..loaded.gradient_scope import Graph
+from ..loaded.memory import GraphSize, choose_graph, with_room_for_graph
+from ..loaded.model import backbone_of, check_fits, heads_on
+from ..loaded.random_state import random_state_kept
 from .progress import RunProgress
-from .random_state import random_state_kept
 from .sampler_steps import SamplerSteps, watched
 from .source_pass import SourcePasses, fingerprint
+from .step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
 
 log = logging.getLogger("readout_guidance")
 #: The source passes of this session.
@@ -60,21 +60,6 @@ def guide(model: Any, target: Target | None, settings: GuidanceSettings, graph: 
     ):
         guided.add_wrapper_with_key(kind, KEY, wrapper)
     return guided
-
-
-def backbone_of(model: Any) -> Backbone:
-    """The taps of a ModelPatcher's network. Raises BackboneError if it has none that are known."""
-    return detect_backbone(model.get_model_object("diffusion_model"))
-
-
-def check_fits(head: ReadoutHead, backbone: Backbone) -> None:
-    check_head_fits(
-        backbone,
-        head_name=head.name,
-        trained_on=head.spec.backbone,
-        feature_channels=head.spec.feature_channels,
-        emb_width=head.emb_width,
-    )
 
 
 class ModelGuidance:
@@ -210,22 +195,6 @@ class ModelGuidance:
             )  # fmt: skip
             if not all(map(torch.isfinite, run.losses[-1])):
                 log.warning("Readout guidance: the loss is not finite; pictures with such a loss were not moved.")
-
-
-@contextlib.contextmanager
-def heads_on(heads: Sequence[ReadoutHead], device: torch.device) -> Iterator[None]:
-    """The heads' weights on the model's device for the time of a run."""
-    networks = {id(head): head.network for head in heads}.values()
-    with torch.inference_mode(False):
-        homes = [next(network.parameters()).device for network in networks]
-        for network in networks:
-            network.to(device)
-    try:
-        yield
-    finally:
-        with torch.inference_mode(False):
-            for network, home in zip(networks, homes, strict=True):
-                network.to(home)
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ import comfy.sample
 import torch
 from torch import Tensor
 
-from ..guidance.pictures import readout_picture
-from ..heads import ReadoutHead
+from ...guidance.pictures import readout_picture
+from ...heads import ReadoutHead
 from .frozen_model import FrozenModel, with_frozen_model
-from .guided_model import backbone_of, check_fits, heads_on
+from .model import backbone_of, check_fits, heads_on
 
 
 def read_out(

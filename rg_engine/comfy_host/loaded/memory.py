@@ -10,8 +10,8 @@ from typing import Any
 
 import comfy.model_management
 
-from ..features import Backbone
-from ..heads import ReadoutHead
+from ...features import Backbone
+from ...heads import ReadoutHead
 from .gradient_scope import Graph
 
 log = logging.getLogger("readout_guidance")

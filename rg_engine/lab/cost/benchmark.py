@@ -20,17 +20,17 @@ import comfy.utils
 import torch
 from torch import Tensor
 
-from ..comfy_host.bootstrap import REPOSITORY
-from ..comfy_host.gradient_scope import Graph
-from ..guidance import GuidanceSettings, Target
-from ..heads import ReadoutHead
-from .benchmark_models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
-from .demo_world import load_world
-from .evaluate import markdown
+from ...comfy_host.bootstrap import REPOSITORY
+from ...comfy_host.loaded.gradient_scope import Graph
+from ...guidance import GuidanceSettings, Target
+from ...heads import ReadoutHead
+from ..demo_world import load_world
+from ..evaluate import markdown
+from ..workflow import Executor, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 from .frontier import measure_frontier, plot_frontier
+from .models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
 from .operations import count_kept_bytes, operations_table
 from .timing import median_ratio, model_calls, whole_picture_ratio
-from .workflow import Executor, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
 

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw
 
-from ..demo.measure import mean_and_error
-from ..guidance import GuidanceSettings
-from .demo_heads import demo_recipe
-from .demo_world import World, demo_head
-from .steering import STEPS, Way, scene_scores, steer
+from ...demo.measure import mean_and_error
+from ...guidance import GuidanceSettings
+from ..demo_heads import demo_recipe
+from ..demo_world import World, demo_head
+from ..steering import STEPS, Way, scene_scores, steer
 
 HEADS = ("demo_pose", "demo_depth", "demo_edges", "demo_keypoints", "demo_sketch")
 #: Ways of guiding, all with STEPS steps; with those of STEP_COUNTS the default is measured as well.

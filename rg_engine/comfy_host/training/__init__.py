@@ -1,0 +1,1 @@
+"""Heads trained in a graph and from files."""

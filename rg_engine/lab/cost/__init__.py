@@ -1,0 +1,1 @@
+"""What guidance costs, in time, operations and bytes."""
