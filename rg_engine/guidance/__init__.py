@@ -1,6 +1,7 @@
 """Targets, their loss, when to guide, and how the latent moves."""
 
 from .objective import Branch, Objective, SourceStep
+from .parts import Part, parts_of
 from .schedule import GuidanceSettings, Plan, make_plan
 from .targets import Target, chain
 from .updates import ReferenceUpdate, norm_ratio_length, rms_step
@@ -9,6 +10,7 @@ __all__ = [
     "Branch",
     "GuidanceSettings",
     "Objective",
+    "Part",
     "Plan",
     "ReferenceUpdate",
     "SourceStep",
@@ -16,5 +18,6 @@ __all__ = [
     "chain",
     "make_plan",
     "norm_ratio_length",
+    "parts_of",
     "rms_step",
 ]

@@ -12,7 +12,10 @@ from torch.nn import functional as F
 
 from ..errors import TargetError
 from ..heads import ReadoutHead
-from ..types import Drag
+from ..types import Drag, Region
+
+#: A crop of a control is taken of at least so many cells.
+CROP_CELLS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -157,6 +160,31 @@ class Target:
         previous = self.previous and dataclasses.replace(self.previous, frames=self.drag_frames).at_frame(number)
         return dataclasses.replace(self, drags=drags, frames=1, previous=previous)
 
+    def counts_at(self, percent: float) -> bool:
+        """Whether it has any weight at this place of the diffusion time."""
+        return self.weight > 0
+
+    def weight_at(self, percent: float, batch: int) -> float:
+        return self.weight
+
+    def cropped(self, region: Region) -> Target | None:
+        """The target, without those before it, for a crop of the picture that is sampled by itself: its pictures and masks
+        cropped likewise, its drags those that stay inside. None if nothing is left of it.
+
+        What an identity target keeps (reference_mask) is of another picture, and stays whole.
+        """
+        places: dict[str, Tensor | None] = {}
+        for name in ("image", "mask", "readout", "reference_latent"):
+            value = getattr(self, name)
+            if value is None or (name == "reference_latent" and self.reference_mask is not None):
+                continue
+            places[name] = _window(value, region, channels_last=name == "image")
+        drags = self.drags and tuple(moved for drag in self.drags if (moved := _inside(drag, region)) is not None)
+        mask = places.get("mask")
+        if (self.drags and not drags) or (mask is not None and not bool(mask.max() > 0)):
+            return None
+        return dataclasses.replace(self, **places, drags=drags, drag_aspect=None, previous=None)  # type: ignore[arg-type]
+
     def region(
         self, size: tuple[int, int], batch: int, device: torch.device, which: Literal["mask", "reference_mask"] = "mask"
     ) -> Tensor | None:
@@ -171,6 +199,27 @@ class Target:
                 f"picture that is made has the aspect {size[1]}:{size[0]}: paint it nearer to the centre"
             )
         return region.expand(batch, -1, -1, -1)
+
+
+def _window(value: Tensor, region: Region, channels_last: bool) -> Tensor:
+    """A window of pictures (B, H, W, C), masks (B, H, W) or maps (B, C, H, W); small ones are enlarged first, so that its
+    edges fall where they should."""
+    maps = value.movedim(-1, 1) if channels_last else value[:, None] if value.ndim == 3 else value
+    height, width = maps.shape[-2:]
+    times = max(1, math.ceil(CROP_CELLS / max(1.0, min(region.width * width, region.height * height))))
+    if times > 1:
+        maps = F.interpolate(maps.float(), scale_factor=times, mode="bilinear")
+        height, width = height * times, width * times
+    left, top = (round(a * b) for a, b in ((region.x, width), (region.y, height)))
+    right, bottom = round((region.x + region.width) * width), round((region.y + region.height) * height)
+    maps = maps[..., max(top, 0) : max(bottom, top + 1), max(left, 0) : max(right, left + 1)]
+    return maps.movedim(1, -1) if channels_last else maps[:, 0] if value.ndim == 3 else maps
+
+
+def _inside(drag: Drag, region: Region) -> Drag | None:
+    """A drag as fractions of a window; None if it leaves it."""
+    ends = [((x - region.x) / region.width, (y - region.y) / region.height) for x, y in (drag.start, drag.end)]
+    return Drag(*ends) if all(0 <= x <= 1 and 0 <= y <= 1 for x, y in ends) else None
 
 
 def _part_of(drag: Drag, share: float) -> Drag:
