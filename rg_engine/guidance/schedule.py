@@ -13,8 +13,9 @@ from ..types import MODES, Mode
 from .keyframes import Keyframes
 
 #: Fast mode's path length (RMS, in z) per unit of diffusion time at strength 1. The paper's 50 sign steps of 0.02 over
-#: the first half of the time make a path of 1.
-PATH_PER_TIME = 2.0
+#: the first half of the time make a path of 1 where they are made and, since z's scale changes from step to step, of 1.25
+#: where each tenth of the time ends: a move of fast mode stands for such a tenth and is measured where it is taken.
+PATH_PER_TIME = 2.5
 #: Fast mode guides at most once in so much of the diffusion time: few long moves steer as well as many short ones.
 FAST_INTERVAL = 0.1
 #: With drags, more often: what is dragged has to be found again after each move.
@@ -67,7 +68,7 @@ class PlannedStep:
     """One guided step.
 
     step, sigma, percent: the sampler's step, its noise level and its place in the diffusion time; active: which targets
-    guide in it; length: of the move (RMS, in z); lands: the noise level at which it is that long.
+    guide in it; length: of its move (RMS, in z), made in so many moves; lands: the noise level at which it is that long.
     """
 
     step: int
@@ -76,6 +77,7 @@ class PlannedStep:
     active: tuple[int, ...]
     length: float
     lands: float
+    moves: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,37 +96,32 @@ def make_plan(
     settings: GuidanceSettings,
     percent_to_sigma: Callable[[float], float],
     counts: Callable[[int, float], bool] = lambda i, percent: True,
+    closest: float = 1.0,
 ) -> Plan:
     """Choose the guided steps.
 
-    A target guides in the steps whose sigma lies in its range, both ends included, as on ControlNet. Fast mode divides the
-    diffusion time from where guidance begins into parts of ``interval / iterations`` and guides in the first step of each,
-    and in the first step of each target, so that about as many moves are made at any number of steps; each guided step
-    stands for the time until the next (or until its targets end), the first one of a range also for the time since the
-    range began, and its move is in proportion.
+    A target guides in the steps whose sigma lies in its range, both ends included, as on ControlNet. Fast mode makes a move
+    every ``interval / iterations`` of the diffusion time, at the nearest step; where steps are longer than that, several in
+    one. So about as many moves are made at any number of steps. Each guided step stands for the time until the next (or
+    until its targets end), the first one of a range also for the time since the range began, and its move is in proportion.
 
     Args: ranges, each target's start and end percent; sigmas (steps + 1), descending, of the sampler; percent_to_sigma of
-    the model; counts(i, percent), whether target i counts then at all.
+    the model; counts(i, percent), whether target i counts then at all; closest, a shorter interval to choose steps at.
     """
     if settings.strength == 0:
         return Plan(steps=())
     part = settings.interval / settings.iterations if settings.mode == "fast" else 0.0
+    often = min(part, closest / settings.iterations)
     limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
     began = percent_of(sigmas[0], percent_to_sigma)
     origin = max(began, min((start for start, _ in ranges), default=0.0))
-    chosen: list[tuple[int, float, tuple[int, ...]]] = []
-    last, met = -1, set[int]()
+    found: list[tuple[int, float, tuple[int, ...]]] = []  # steps in which anything guides
     for step, sigma in enumerate(sigmas[:-1]):
         percent = percent_of(sigma, percent_to_sigma)
         active = tuple(i for i, (start, end) in enumerate(limits) if end <= sigma <= start and counts(i, percent))
-        if not active or not settings.strongest_at(percent):
-            continue
-        here = math.floor((percent - origin) / part + 1e-3) if part else step
-        if here == last and met.issuperset(active):
-            continue
-        chosen.append((step, percent, active))
-        last = here
-        met.update(active)
+        if active and settings.strongest_at(percent):
+            found.append((step, percent, active))
+    chosen = _every(often, found, origin) if often else found
     planned = []
     guided_until = began
     for k, (step, percent, active) in enumerate(chosen):
@@ -138,8 +135,22 @@ def make_plan(
         if settings.mode == "fast" and end - since < MIN_TIME:
             continue
         sigma, lands = float(sigmas[step]), landing(settings.mode, float(sigmas[step]), float(sigmas[step + 1]))
-        planned.append(PlannedStep(step=step, sigma=sigma, percent=percent, active=active, length=length, lands=lands))
+        moves = max(1, math.ceil((end - min(since, percent)) / part - 0.3)) if part else 1
+        planned.append(
+            PlannedStep(step=step, sigma=sigma, percent=percent, active=active, length=length, lands=lands, moves=moves)
+        )
     return Plan(steps=tuple(planned))
+
+
+def _every(part: float, steps: list[tuple[int, float, tuple[int, ...]]], origin: float) -> list[tuple[int, float, tuple]]:
+    """Of (step, percent, targets), those nearest to every ``part`` of the time from origin, and each target's first."""
+    picked = {next(k for k, each in enumerate(steps) if i in each[2]) for _, _, active in steps for i in active}
+    percents = [percent for _, percent, _ in steps]
+    time = origin
+    while percents and time < percents[-1] + part / 2:
+        picked.add(min(range(len(steps)), key=lambda k: abs(percents[k] - time)))
+        time += part
+    return [steps[k] for k in sorted(picked)]
 
 
 def landing(mode: Mode, sigma: float, next_sigma: float) -> float:

@@ -1,77 +1,90 @@
-"""Moves reach every sampler by a change of variables: the sampler works in a frame of its own.
+"""Moves reach every sampler: they are carried beside its latent, which stays the sampler's own.
 
 A sampler may keep its latent to itself, call the model on copies, several times a step, or remember predictions of steps
-before. So nothing is written into its tensors. Where guidance has moved the latent by ``offset`` so far, the sampler's own
-latent y stands for x = y + offset:
+before. So nothing is written into its tensors, and its predictions are the model's own. The model sees x = y + offset, where
+y is the sampler's latent, and the offset is what y would have if the sampler had moved with it: every sampler's next latent is
 
-    its call model(y)  gives  model(y + offset) - offset
-    its result y       means  y + offset
+    y' = a y + b_0 D + b_1 D_1 + ... + noise        D, D_1, ...: the latest predictions
 
-A sampler's step depends on differences only: moving its latent and all its predictions by the same amount moves its next
-latent by that amount (d = (x - denoised) / sigma stays the same). Samplers therefore go on as if they had moved themselves,
-whatever their order or the number of their calls, and what they remember stays comparable.
+so an offset of y becomes one of a times as much. How much a is (sigma' / sigma in a deterministic step, less where noise is
+renewed) is seen from y' itself, by least squares: no sampler has to be known by name.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-#: What a function after cfg is given that lies in the latent's space.
-LATENTS = ("denoised", "cond_denoised", "uncond_denoised", "input")
-POST_CFG = "sampler_post_cfg_function"
+#: Samplers remember at most so many predictions.
+REMEMBERED = 5
 
 
 class Frame:
-    """The sampler's frame in one pass.
+    """The offset in one pass of a sampler. shape: of its latent."""
 
-    shape: of the latent. others: functions after cfg that are not the sampler's own, and see what there is.
-    """
-
-    def __init__(self, shape: Sequence[int] = (), others: Sequence[Any] = ()) -> None:
-        self._shape, self._others = tuple(shape), list(others)
-        self.offset: Tensor | None = None  # (B, C, H, W)
+    def __init__(self, shape: Sequence[int] = ()) -> None:
+        self._shape = tuple(shape)
+        self._offset: Tensor | None = None  # x - y, (B, C, H, W)
+        self._coming: Callable[[Tensor], Tensor] | None = None  # the next call's move, by its sigma
+        self._y: Tensor | None = None  # at the latest call
+        self._predictions: deque[Tensor] = deque(maxlen=REMEMBERED)
         self.apart = 0  # calls of another shape: the sampler cuts its latent up itself
 
     def move(self, move: Tensor) -> None:
-        """x has moved by so much."""
-        self.offset = move if self.offset is None else self.offset + move
+        """x has moved by so much; the prediction that follows is made there."""
+        self._offset = move if self._offset is None else self._offset + move
 
-    def outside(self, y: Tensor) -> Tensor:
-        """A latent or a prediction of the sampler's, as it is."""
-        return y if self.offset is None else y + self.offset.to(y)
+    def move_next(self, move: Callable[[Tensor], Tensor]) -> None:
+        """x moves by ``move(sigma)`` where the sampler goes from here, at whatever sigma that is."""
+        self._coming = move
 
-    def inside(self, x: Tensor) -> Tensor:
-        """A latent or a prediction as the sampler has it."""
-        return x if self.offset is None else x - self.offset.to(x)
+    def of(self, y: Tensor) -> Tensor:
+        """x, for the sampler's latent at the latest call."""
+        return y if self._offset is None else y + self._offset.to(y)
 
     def call(self, model: Any, y: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
-        """The sampler's call of the model; what moves x meanwhile moves the frame."""
+        """The sampler's call of the model."""
         if self._shape and tuple(y.shape) != self._shape:
             self.apart += 1
             return model(y, sigma, **kwargs)
-        options = kwargs.get("model_options")
-        own = [f for f in (options or {}).get(POST_CFG, ()) if f not in self._others]
-        if options is not None and own:
-            functions = [self._framed(f) if f in own else f for f in options[POST_CFG]]
-            kwargs["model_options"] = {**options, POST_CFG: functions}
-        return self.inside(model(self.outside(y), sigma, **kwargs))
+        denoised = model(self._arrived(y, sigma), sigma, **kwargs)
+        self._y = y.clone()
+        self._predictions.appendleft(denoised.clone())
+        return denoised
 
-    def _framed(self, function: Callable[[dict[str, Any]], Tensor]) -> Callable[[dict[str, Any]], Tensor]:
-        """A sampler's own function after cfg, which notes predictions for its step (the samplers of CFG++)."""
+    def end(self, y: Tensor, sigma: float) -> Tensor:
+        """The sampler's result at the schedule's last sigma, moved."""
+        return y if sigma == 0 else self._arrived(y, y.new_full((len(y),), sigma))
 
-        def framed(args: dict[str, Any]) -> Tensor:
-            moved = {key: self.inside(args[key]) for key in LATENTS if isinstance(args.get(key), Tensor)}
-            return self.outside(function({**args, **moved}))
+    def _arrived(self, y: Tensor, sigma: Tensor) -> Tensor:
+        if self._offset is not None and self._y is not None:
+            self._offset = self._offset * share_of(self._y, self._predictions, y)
+        if self._coming is not None:
+            self.move(self._coming(sigma).to(y))
+            self._coming = None
+        return self.of(y)
 
-        return framed if self.offset is not None else function
+
+def share_of(before: Tensor, predictions: Sequence[Tensor] | deque[Tensor], after: Tensor) -> float:
+    """How much of the latent ``before`` is in ``after``, 0..1, beside the predictions, the latest first."""
+    device = before.device if before.device.type != "mps" else torch.device("cpu")  # which has no fp64
+    columns = [each.to(device, torch.float64).flatten() for each in (before, *predictions, after)]
+    rows = torch.stack([columns[0], *(a - b for a, b in zip(columns[1:-1], columns[2:-1], strict=False)), columns[-2]])
+    products = (torch.cat([rows, columns[-1][None]]) @ rows.T).cpu()
+    gram, target = products[:-1], products[-1]
+    size = gram.diagonal().clamp_min(1e-30).rsqrt()
+    inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
+    share = float((inverse @ (target * size))[0] * size[0])
+    return min(max(share, 0.0), 1.0)
 
 
-def framed(sampler: Any, frame: Callable[[], Frame | None]) -> Any:
+def framed(sampler: Any, frame: Callable[[], Frame | None], last_sigma: float) -> Any:
     """A copy of a KSAMPLER that works in ``frame()``; samplers of other kinds as they are (see :class:`FramedModel`)."""
     function = getattr(sampler, "sampler_function", None)
     if function is None:
@@ -82,7 +95,7 @@ def framed(sampler: Any, frame: Callable[[], Frame | None]) -> Any:
         now = frame()
         if now is None:
             return function(model, *args, **kwargs)
-        return now.outside(function(FramedModel(model, now), *args, **kwargs))
+        return now.end(function(FramedModel(model, now), *args, **kwargs), last_sigma)
 
     shown = copy.copy(sampler)
     shown.sampler_function = sample

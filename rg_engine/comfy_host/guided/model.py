@@ -13,7 +13,6 @@ The sampler works in a frame (:mod:`.frame`), through which its moves reach it.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -30,7 +29,7 @@ from ..loaded.gradient_scope import Graph
 from ..loaded.memory import GraphSize, choose_graph, with_room_for_graph
 from ..loaded.model import backbone_of, check_fits, heads_on
 from ..loaded.random_state import random_state_kept
-from .frame import POST_CFG, Frame, FramedModel, framed
+from .frame import Frame, FramedModel, framed
 from .progress import RunProgress
 from .report import Repetitions, report_empty_plan, report_run
 from .sampler_steps import SamplerSteps
@@ -122,7 +121,9 @@ class ModelGuidance:
         )  # fmt: skip
         self._run = run
         try:
-            out = executor(noise, latent_image, framed(sampler, lambda: run.frame), sigmas, *args, **kwargs)
+            out = executor(
+                noise, latent_image, framed(sampler, lambda: run.frame, float(sigmas[-1])), sigmas, *args, **kwargs
+            )
         finally:
             self._run = before
         self.losses = run.losses
@@ -134,10 +135,9 @@ class ModelGuidance:
         ranges = [(target.start_percent, target.end_percent) for target in targets]
         longest = [DRAG_INTERVAL for target in targets if target.drags]
         longest += [LOOK_INTERVAL for target in targets if target.needs_reference]
-        settings = dataclasses.replace(self.settings, interval=min(self.settings.interval, *longest, 1.0))
         return make_plan(
-            ranges, [float(s) for s in sigmas], settings, lambda percent: float(sampling.percent_to_sigma(percent)),
-            lambda i, percent: targets[i].counts_at(percent),
+            ranges, [float(s) for s in sigmas], self.settings, lambda percent: float(sampling.percent_to_sigma(percent)),
+            lambda i, percent: targets[i].counts_at(percent), min(longest, default=1.0),
         )  # fmt: skip
 
     def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
@@ -182,13 +182,12 @@ class ModelGuidance:
             def sample(number: int, more: Options) -> Tensor:
                 """One pass, in a frame of its own."""
                 run.steps = steps = SamplerSteps(run.plan, run.sigmas)
-                run.frame = frame = Frame(noise.shape, options.get(POST_CFG, ()))
+                run.frame = frame = Frame(noise.shape)
 
                 def report(step: int, x0: Tensor, x: Tensor, total: int) -> None:
                     steps.finished_step()
                     if callback is not None:
-                        x0 = frame.outside(x0)
-                        callback(number * total + step, x0, frame.outside(x), passes * total)
+                        callback(number * total + step, x0, frame.of(x), passes * total)
                         progress.step(step, number * total + step + 1, passes * total, x0)
 
                 asked = {**extra_args, "model_options": {**options, **more}} if more else dict(extra_args)
@@ -196,7 +195,7 @@ class ModelGuidance:
                     return executor(guider, sigmas, asked, report, noise, latent_image, denoise_mask, disable_pbar)
                 model = FramedModel(guider, frame)
                 out = executor(model, sigmas, asked, report, noise, latent_image, denoise_mask, disable_pbar)
-                return frame.outside(out)
+                return frame.end(out, run.sigmas[-1])
 
             if kept is not None:
                 run.source = kept

@@ -162,24 +162,38 @@ def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
 def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """fast and norm_ratio: one pass of the conditional branch gives both the gradient and the prediction.
 
-    x moves against the gradient; the noise that the model saw in x is kept, so the prediction moves with it (of a flow
-    model, the velocity).
+    The prediction is of x as it was, and x moves against the gradient where the sampler goes from here. (So the noise that
+    the model saw in x is kept; of a flow model, the velocity.) Of several moves only the last one's pass predicts.
     """
-    x = call.x
+    for _ in range(planned.moves - 1):
+        reader, _nothing = _read_guided(run, planned, (CONDITIONAL,), call)
+        if not _noted(run, planned, reader, (CONDITIONAL,)):
+            return call.plain()
+        moved = call.x + _move(run, planned, call, reader.gradient, planned.length / planned.moves)
+        run.move(moved - call.x)
+        call = dataclasses.replace(call, x=moved)
     reader, denoised = _predict_guided(run, planned, call)
     if not _noted(run, planned, reader, (CONDITIONAL,)):
         return denoised
-    length: float | Tensor = planned.length
+    length: float | Tensor = planned.length / planned.moves
     if run.settings.mode == "norm_ratio":
-        length = norm_ratio_length(x * call.scale, _next_z(run, planned, call, denoised), run.settings.strength)
-    strengths = run.settings.strengths_at(planned.percent, len(x))
-    length = length if strengths is None else length * strengths.to(x.device)
-    move = rms_step(reader.gradient, length) / call.scale_at(planned.lands)
-    moved = _kept_still(run, planned, x + _inside(move, run.denoise_mask).to(x.dtype))
-    run.move(moved - x)
+        length = norm_ratio_length(call.x * call.scale, _next_z(run, planned, call, denoised), run.settings.strength)
+    move = _move(run, planned, call, reader.gradient, length)
     if run.sigmas[planned.step + 1] == 0:  # no later step would take up the move: predict once more, from where x is now
-        return call.predict(call.options, moved)
-    return denoised + (moved - x)
+        run.move(move)
+        return call.predict(call.options, call.x + move)
+    assert run.frame is not None
+    lands = call.scale_at(planned.lands)
+    run.frame.move_next(lambda sigma: move * (lands / call.scale_at(sigma.flatten()[:1].expand(len(move)))))
+    return denoised
+
+
+def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor) -> Tensor:
+    """The move of x against the gradient, so long in z where it lands."""
+    strengths = run.settings.strengths_at(planned.percent, len(call.x))
+    length = length if strengths is None else length * strengths.to(call.x.device)
+    move = rms_step(gradient, length) / call.scale_at(planned.lands)
+    return _kept_still(run, planned, call.x + _inside(move, run.denoise_mask).to(call.x.dtype)) - call.x
 
 
 def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[BranchReader, Tensor]:
@@ -197,6 +211,13 @@ def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[Br
     return _with_light_graph_if_needed(run, planned, (CONDITIONAL,), call, predict)
 
 
+def _read_guided(
+    run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall
+) -> tuple[BranchReader, BranchReader]:
+    """A reader that read guided branches by themselves."""
+    return _with_light_graph_if_needed(run, planned, branches, call, lambda reader: call.read(reader, branches))
+
+
 def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -> Tensor:
     """z where a deterministic step of the schedule would take x."""
     next_sigma = run.sigmas[planned.step + 1]
@@ -206,27 +227,22 @@ def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -
 
 def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """The paper's step: AdamW on z with the loss of both branches, then the plain prediction at the moved latent."""
-    x, scale, lands, moved = call.x, call.scale, call.scale_at(planned.lands), call.x
+    x, scale, lands = call.x, call.scale, call.scale_at(planned.lands)
     strengths = run.settings.strengths_at(planned.percent, len(x))
     with torch.inference_mode(False):
         z = x.clone() * scale.clone()
         update = ReferenceUpdate(z, run.settings.strength)
     branches = _branches(run, call)
     for _ in range(run.settings.iterations):
-
-        def read(reader: BranchReader, at: Tensor = moved) -> BranchReader:
-            return call.read(reader, branches, at)
-
-        reader, _read = _with_light_graph_if_needed(run, planned, branches, call, read, moved)
+        reader, _read = _read_guided(run, planned, branches, call)
         if not _noted(run, planned, reader, branches):
             break
         with torch.inference_mode(False):
             move = (update.step(reader.gradient) - z) / lands.clone()
         move = move if strengths is None else move * strengths.to(x.device)
-        moved = _kept_still(run, planned, x + _inside(move, run.denoise_mask).to(x.dtype))
-    if moved is not x:
-        run.move(moved - x)
-    return call.predict(call.options, moved)
+        call = dataclasses.replace(call, x=_kept_still(run, planned, x + _inside(move, run.denoise_mask).to(x.dtype)))
+    run.move(call.x - x)
+    return call.plain()
 
 
 def _noted(run: Run, planned: PlannedStep, reader: BranchReader, branches: Sequence[int]) -> bool:
@@ -250,13 +266,12 @@ def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
 
 def _with_light_graph_if_needed(
     run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall,
-    work: Callable[[BranchReader], Result], x: Tensor | None = None,
+    work: Callable[[BranchReader], Result],
 ) -> tuple[BranchReader, Result]:  # fmt: skip
     """A reader of guided branches and what ``work`` makes of it. Without the memory for it, once more with the light
     graph."""
-    x = call.x if x is None else x
     try:
-        reader = _guided_reader(run, planned, branches, call, x)
+        reader = _guided_reader(run, planned, branches, call)
         return reader, work(reader)
     except Exception as error:
         if run.graph == "light" or not is_out_of_memory(error):
@@ -264,11 +279,11 @@ def _with_light_graph_if_needed(
         log.warning("Readout guidance: out of memory; going on with the light graph, which takes longer.")
     run.use_graph("light", call.guider)
     comfy.model_management.soft_empty_cache()
-    reader = _guided_reader(run, planned, branches, call, x)
+    reader = _guided_reader(run, planned, branches, call)
     return reader, work(reader)
 
 
-def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall, x: Tensor) -> BranchReader:
+def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall) -> BranchReader:
     """A reader of guided branches, with the readouts of source and references that they are compared with."""
     sources: dict[int, SourceStep] = {}
     for branch in branches:
@@ -280,7 +295,7 @@ def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call
                 source = dataclasses.replace(source or step, readouts=readouts)
         if source is not None:
             sources[branch] = source
-    return run.reader(x, planned, active=planned.active, sources=sources)
+    return run.reader(call.x, planned, active=planned.active, sources=sources)
 
 
 def _reference(run: Run, planned: PlannedStep, branch: int, i: int, call: ModelCall) -> SourceStep | None:
