@@ -14,6 +14,7 @@ ReadoutTarget = io.Custom("READOUT_TARGET")
 DragPoints = io.Custom("DRAG_POINTS")
 Readout = io.Custom("READOUT")
 Tracks = io.Custom("TRACKS")
+ReadoutKeyframes = io.Custom("READOUT_KEYFRAMES")
 
 
 def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:

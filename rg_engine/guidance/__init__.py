@@ -1,5 +1,7 @@
 """Targets, their loss, when to guide, and how the latent moves."""
 
+from .crop_marks import coordinate_mask, crop_of, read_crop
+from .keyframes import Keyframes
 from .objective import Branch, Objective, SourceStep
 from .schedule import GuidanceSettings, Plan, make_plan
 from .targets import Target, chain
@@ -8,13 +10,17 @@ from .updates import ReferenceUpdate, norm_ratio_length, rms_step
 __all__ = [
     "Branch",
     "GuidanceSettings",
+    "Keyframes",
     "Objective",
     "Plan",
     "ReferenceUpdate",
     "SourceStep",
     "Target",
     "chain",
+    "coordinate_mask",
+    "crop_of",
     "make_plan",
     "norm_ratio_length",
+    "read_crop",
     "rms_step",
 ]
