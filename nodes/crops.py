@@ -20,13 +20,16 @@ class FollowCropsNode(io.ComfyNode):
             "control picture, instead of squeezing all of the control into every crop. The prompt itself works as before.",
             inputs=[
                 io.Conditioning.Input("positive", tooltip="The prompt of the detailer or upscaler, without masks or areas."),
+                io.Image.Input(
+                    "image", tooltip="The picture that is detailed or upscaled. Only its size counts: crops are told by it."
+                ),
             ],
             outputs=[io.Conditioning.Output("CONDITIONING", tooltip="For positive of the detailer or upscaler.")],
         )
 
     @classmethod
-    def execute(cls, positive) -> io.NodeOutput:
-        return io.NodeOutput(mark(positive))
+    def execute(cls, positive, image) -> io.NodeOutput:
+        return io.NodeOutput(mark(positive, (image.shape[1], image.shape[2])))
 
 
 NODES = (FollowCropsNode,)

@@ -35,6 +35,7 @@ MISFIT, MISFIT_MEAN = 0.004, 0.006
 #: Another place of which an edge is so much of the picture away must misfit (squared) so many times as much.
 APART, DOUBT = 0.05, 2.0
 BLACK = 1 / 16
+FEWEST_PX, MOST_PX = 1024, 2048  # of the mask's longer side
 SNAP = 0.0015  # an edge so near to the picture's is on it
 
 
@@ -53,7 +54,7 @@ def read_crop(mask: Tensor) -> Region | None:
     more, within 1% at 8 px; of smaller ones, one in eight can't be told from another place and gives None.
     """
     picture = (mask if mask.ndim == 2 else mask[0]).detach().to("cpu", torch.float64)
-    picture = _inside(picture)
+    picture = _inside(picture) if picture.numel() else picture
     if min(picture.shape) < MIN_PX or not torch.isfinite(picture).all() or picture.min() < BLACK or picture.max() > 1.05:
         return None
     across, down = (fits_of(picture.mean(axis) / SPAN) for axis in (0, 1))
@@ -76,9 +77,11 @@ def read_crop(mask: Tensor) -> Region | None:
     return Region(x=x, y=y, width=width, height=height)
 
 
-def mark(conditioning: Sequence[Sequence[Any]]) -> list[list[Any]]:
+def mark(conditioning: Sequence[Sequence[Any]], size_px: tuple[int, int]) -> list[list[Any]]:
     """Prompts, as ComfyUI's nodes pass them ([embedding, options] each), with the mask and the mark in their options.
 
+    size_px: height and width of the picture that will be cropped. The mask has its aspect, since Impact's detailers scale
+    left and right by the heights' ratio and top and bottom by the widths': any other mask is cropped elsewhere.
     Raises TargetError if one has a mask or an area of its own: the mask would not be the only one any more.
     """
     for number, (_, options) in enumerate(conditioning, 1):
@@ -88,7 +91,7 @@ def mark(conditioning: Sequence[Sequence[Any]]) -> list[list[Any]]:
                 f"prompt {number} of {len(conditioning)} has {own} of its own, and Follow Crops needs the prompt's mask to "
                 f"mark crops: remove the node that sets {own} (Conditioning (Set {'Area' if own == 'an area' else 'Mask'}))"
             )
-    marks = {"mask": coordinate_mask(), "mask_strength": 1.0, "set_area_to_bounds": False, MARK: True}
+    marks = {"mask": coordinate_mask(_mask_size(size_px)), "mask_strength": 1.0, "set_area_to_bounds": False, MARK: True}
     return [[embedding, {**options, **marks}] for embedding, options in conditioning]
 
 
@@ -111,6 +114,15 @@ def crop_of(conds: Sequence[Mapping[str, Any]]) -> Region | None:
             "right before the detailer or upscaler, or remove it"
         )
     return region
+
+
+def _mask_size(size_px: tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the mask for a picture: a whole multiple of its own, so that crops begin and end on its px, unless
+    it is too large for that."""
+    longest = max(size_px)
+    scale = MOST_PX / longest if longest > MOST_PX else math.ceil(FEWEST_PX / longest)
+    height, width = (max(1, round(px * scale)) for px in size_px)
+    return height, width
 
 
 def _inside(picture: Tensor) -> Tensor:

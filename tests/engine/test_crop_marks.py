@@ -138,7 +138,7 @@ def test_other_masks_are_no_crops(quantised):
 
 def test_prompts_are_marked_and_their_other_options_stay():
     embeddings = [torch.rand(1, 2), torch.rand(1, 2)]
-    out = mark([[embeddings[0], {"pooled_output": 1}], [embeddings[1], {"strength": 0.5}]])
+    out = mark([[embeddings[0], {"pooled_output": 1}], [embeddings[1], {"strength": 0.5}]], (512, 512))
     assert [given[0] for given in out] == embeddings
     assert out[0][1]["pooled_output"] == 1
     assert out[1][1]["strength"] == 0.5
@@ -147,7 +147,7 @@ def test_prompts_are_marked_and_their_other_options_stay():
         assert options["mask_strength"] == 1.0
         assert options["set_area_to_bounds"] is False
         assert torch.equal(options["mask"], MASK)
-    assert crop_of([options for _, options in mark(out)]) == Region.whole()
+    assert crop_of([options for _, options in mark(out, (64, 64))]) == Region.whole()
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,28 @@ def test_prompts_are_marked_and_their_other_options_stay():
 )
 def test_a_prompt_with_a_mask_or_an_area_is_refused(options, words):
     with pytest.raises(TargetError, match=f"prompt 2 of 2 has {words}"):
-        mark([[torch.rand(1, 2), {}], [torch.rand(1, 2), options]])
+        mark([[torch.rand(1, 2), {}], [torch.rand(1, 2), options]], (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("picture", "size"),
+    [((512, 768), (1024, 1536)), ((1024, 1024), (1024, 1024)), ((100, 40), (1100, 440)), ((6000, 4000), (2048, 1365))],
+)
+def test_the_mask_has_the_pictures_aspect(picture, size):
+    ((_, options),) = mark([[torch.rand(1, 2), {}]], picture)
+    assert options["mask"].shape == (1, *size)
+
+
+@pytest.mark.parametrize("size", [(768, 512), (1000, 1500), (3000, 2000)])
+@pytest.mark.parametrize("place", PLACES)
+def test_the_way_of_detailers_leaves_the_place_readable(place, size):
+    """They scale a crop's px by the ratio of the heights across, and of the widths down."""
+    px = box(place, size)
+    ((_, options),) = mark([[torch.rand(1, 2), {}]], (size[1], size[0]))
+    mask = options["mask"]
+    scales = (mask.shape[1] / size[1], mask.shape[2] / size[0])
+    left, top, right, bottom = (round(value * scales[i % 2]) for i, value in enumerate(px))
+    assert distance(read_crop(mask[:, top:bottom, left:right]), px, size) < 2e-3
 
 
 def test_the_crop_of_prompts_is_that_of_the_first_marked_one():

@@ -13,8 +13,8 @@ def refused(match: str):
     return pytest.raises(engine("errors").TargetError, match=match)
 
 
-def follow(positive):
-    return node("RG_FollowCrops", positive=positive)
+def follow(positive, height=128, width=128):
+    return node("RG_FollowCrops", positive=positive, image=torch.zeros(1, height, width, 3))
 
 
 def cropped(positive, left, top, right, bottom):

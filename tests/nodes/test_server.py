@@ -52,7 +52,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["model", "latent", "steps", "scheduler", "cfg"], ["positive", "negative", "refinements"], ["LATENT", "FLOAT"],
     ),
     "RG_ReadoutKeyframes": (["keyframes", "interpolation"], ["values"], ["READOUT_KEYFRAMES", "IMAGE"]),
-    "RG_FollowCrops": (["positive"], [], ["CONDITIONING"]),
+    "RG_FollowCrops": (["positive", "image"], [], ["CONDITIONING"]),
 }  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
 #: Known from KSampler, or plain; a tooltip would only repeat the name.
