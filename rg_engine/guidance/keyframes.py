@@ -75,6 +75,10 @@ class Keyframes:
         values = torch.lerp(_spread_over(low, batch), _spread_over(high, batch), share)
         return values.float()
 
+    def most(self, percent: float) -> float:
+        """The largest multiplier of any picture at a part of the diffusion time."""
+        return float(self.at(percent, self.pictures).max())
+
     def check_batch(self, batch: int) -> None:
         """Raises TargetError unless every keyframe has one value or one for each of ``batch`` pictures."""
         for number, (percent, values) in enumerate(self.points, 1):

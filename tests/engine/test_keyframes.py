@@ -71,6 +71,7 @@ def test_pictures_of_a_batch_have_values_of_their_own():
     assert out.dtype == torch.float32
     assert out.tolist() == [1.5, 1.0]
     assert keyframes.at(0.75, 2).tolist() == [1.0, 3.0]
+    assert keyframes.most(0.75) == 3.0
 
 
 def test_one_value_serves_any_batch_and_several_only_their_own():
