@@ -80,7 +80,6 @@ class Objective:
             other._window = (*corner, other.size[1] / width, other.size[0] / height)
         other._part = part
         cells = other.size[0] * other.size[1] / (height * width)
-        other._batch = self._batch if isinstance(part.pictures, slice) else len(part.pictures)
         other._shares = [
             1.0 if drags is not None else cells if whole is None else _mass(part.of(whole)) / _mass(part.of_pictures(whole))
             for whole, drags in zip(self._regions, self._drags, strict=True)
@@ -141,6 +140,8 @@ class Objective:
         total = torch.zeros_like(z_extent)
         for i in active:
             weight = self.targets[i].weight_at(branch.percent, self._batch)
+            if isinstance(weight, Tensor):
+                weight = self._part.of_pictures(weight.to(z_extent.device))
             total = total + weight * self._shares[i] * self._one_loss(i, readouts[i].float(), source, z_extent)
         return total, readouts
 

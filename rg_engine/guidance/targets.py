@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..errors import TargetError
 from ..heads import ReadoutHead
 from ..types import Drag, Region
+from .keyframes import Keyframes
 
 #: A crop of a control is taken of at least so many cells.
 CROP_CELLS = 256
@@ -28,8 +29,8 @@ class Target:
     where the loss counts; of a correspondence target, what may move. drags: of a correspondence target; frames: in so
     many steps; drag_aspect: width / height of the picture that they were drawn on, if it may differ from the latent's.
     reference_latent: (B or 1, C, h, w), of an appearance target; of an lgp target, the encoded sketch. reference_mask:
-    (B or 1, H, W), what counts of an appearance target's reference. Values of pictures outside 0..1 are clamped. Raises
-    TargetError for anything missing or malformed.
+    (B or 1, H, W), what counts of an appearance target's reference. keyframes: of the weight over the diffusion time, which
+    multiply it. Values of pictures outside 0..1 are clamped. Raises TargetError for anything missing or malformed.
     """
 
     head: ReadoutHead
@@ -45,6 +46,7 @@ class Target:
     frames: int = 1
     drag_aspect: float | None = None
     previous: Target | None = None
+    keyframes: Keyframes | None = None
 
     def __post_init__(self) -> None:
         kind, name = self.head.spec.kind, self.head.name
@@ -121,14 +123,23 @@ class Target:
         """Whether its loss compares with the readouts of its reference_latent."""
         return self.head.spec.kind == "appearance" and self.reference_latent is not None
 
+    def weight_at(self, percent: float, batch: int) -> Tensor | float:
+        """Its share of the loss at a part of the diffusion time; with keyframes, that of each picture, (B,) float32."""
+        return self.weight if self.keyframes is None else self.weight * self.keyframes.at(percent, batch)
+
     def check_batch(self, batch: int) -> None:
-        """Raises TargetError unless every picture given is one or one for each of ``batch`` latents."""
+        """Raises TargetError unless every picture and every keyframe given is one or one for each of ``batch`` latents."""
         for what, tensor in _batched(self):
             if tensor is not None and tensor.shape[0] not in (1, batch):
                 raise TargetError(
                     f"{what} of the target with head {self.head.name!r} is a batch of {tensor.shape[0]} but {batch} "
                     f"{'picture is' if batch == 1 else 'pictures are'} being made: give one, or one for each"
                 )
+        if self.keyframes is not None:
+            try:
+                self.keyframes.check_batch(batch)
+            except TargetError as error:
+                raise TargetError(f"keyframes of the target with head {self.head.name!r}: {error}") from error
 
     def control(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor | None:
         """What a spatial, keypoint or lgp readout should be, (B, D, H, W) in the head's own range at latent size, else
@@ -162,10 +173,7 @@ class Target:
 
     def counts_at(self, percent: float) -> bool:
         """Whether it has any weight at this place of the diffusion time."""
-        return self.weight > 0
-
-    def weight_at(self, percent: float, batch: int) -> float:
-        return self.weight
+        return self.weight > 0 and (self.keyframes is None or self.keyframes.most(percent) > 0)
 
     def cropped(self, region: Region) -> Target | None:
         """The target, without those before it, for a crop of the picture that is sampled by itself: its pictures and masks

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -74,10 +75,9 @@ class Frame:
 def share_of(before: Tensor, predictions: Sequence[Tensor] | deque[Tensor], after: Tensor) -> float:
     """How much of the latent ``before`` is in ``after``, 0..1, beside the predictions, the latest first."""
     device = before.device if before.device.type != "mps" else torch.device("cpu")  # which has no fp64
-    columns = [each.to(device, torch.float64).flatten() for each in (before, *predictions, after)]
-    rows = torch.stack([columns[0], *(a - b for a, b in zip(columns[1:-1], columns[2:-1], strict=False)), columns[-2]])
-    products = (torch.cat([rows, columns[-1][None]]) @ rows.T).cpu()
-    gram, target = products[:-1], products[-1]
+    x, *known, y = (each.to(device, torch.float64).flatten() for each in (before, *predictions, after))
+    rows = torch.stack([x, *(a - b for a, b in itertools.pairwise(known)), known[-1]])  # differences: predictions are alike
+    gram, target = (rows @ rows.T).cpu(), (rows @ y).cpu()
     size = gram.diagonal().clamp_min(1e-30).rsqrt()
     inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
     share = float((inverse @ (target * size))[0] * size[0])

@@ -31,21 +31,23 @@ def report_run(run: Run) -> None:
     warnings = [
         f"{count} of {len(run.plan.steps)} planned steps were not guided: {why}" for why, count in run.skipped.items()
     ]
+    planned = len(run.plan.steps)
+    warnings = [f"{count} of {planned} planned steps were not guided: {why}" for why, count in run.skipped.items()]
     if run.steps is not None and run.steps.missed:
         warnings.append(
-            f"{run.steps.missed} of {len(run.plan.steps)} planned steps did not come: the sampler did not call the model at "
-            "or below their noise levels. Use another sampler for full control"
+            f"{run.steps.missed} of {planned} planned steps did not come: the sampler did not call the model at or below "
+            "their noise levels. Use another sampler for full control"
         )
     if run.frame is not None and run.frame.apart:
         warnings.append(
-            f"in {run.frame.apart} calls the sampler gave the model pictures of another size than its latent's; moves did not "
-            "arrive there. Turn the sampler's own tiles off"
+            f"in {run.frame.apart} calls the sampler gave the model pictures of another size than its latent's, where moves "
+            "do not arrive. Turn the sampler's own tiles off"
         )
     if run.losses and not all(map(torch.isfinite, run.losses[-1])):
         warnings.append("the loss is not finite; pictures with such a loss were not moved")
     elif run.losses and last > RISEN * first:
         warnings.append(
-            f"the loss rose from {first:.4g} to {last:.4g}: try a lower strength, more steps, or a lower weight of one target"
+            f"the loss rose from {first:.4g} to {last:.4g}: try a lower strength, more steps, or less weight on one target"
         )
     say(words, warnings)
 
@@ -86,8 +88,8 @@ class Repetitions:
         again = place is not None and place == self._last and latent_image is not None and bool(latent_image.any())
         if again and not self._told:
             say("", [
-                "this node samples several pictures with the guided model, each of which was compared with the whole control. "
-                "If they are crops or tiles of one picture, put Follow Crops on the positive prompt"
+                "this node samples several pictures with the guided model, and each was compared with the whole control. If "
+                "they are crops or tiles of one picture, put Follow Crops on the positive prompt"
             ])  # fmt: skip
         self._last, self._told = place, again
 

@@ -38,8 +38,8 @@ Result = TypeVar("Result")
 #: Why a planned step was not guided.
 NOTHING_ACTIVE = "no prompt was active"
 STRANGE = (
-    "the network was given a picture of {}x{} cells that is no part of the one being made (another node enlarges, shrinks or "
-    "changes it): bypass that node for the guided steps"
+    "the network was given a picture of {}x{} cells that is no part of the one being made (another node enlarges, shrinks "
+    "or changes it): bypass that node for the guided steps"
 )
 #: Functions of other nodes that come after the branches, and are not for passes that only read.
 AFTER_BRANCHES = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
