@@ -27,7 +27,7 @@ def test_a_step_is_guided_once_and_the_device_waited_for_in_guided_steps_only(na
     """between: how far into the next step a sampler calls the model again, after its callback."""
     guidance, steps = engine("guidance"), engine("comfy_host.guided.sampler_steps")
     plan = guidance.make_plan([(0.0, 0.5)], SIGMAS, guidance.GuidanceSettings(), lambda percent: 30 * (1 - percent))
-    followed = steps.SamplerSteps(plan, SimpleNamespace(sampler_function=SimpleNamespace(__name__=name)), SIGMAS)
+    followed = steps.SamplerSteps(plan, SIGMAS)
     asked: list[float] = []
     found = []
     for sigma in SIGMAS[:-1]:

@@ -2,7 +2,7 @@
 
 A sampler may keep its latent to itself, call the model on copies, several times a step, or remember predictions of steps
 before. So nothing is written into its tensors, and its predictions are the model's own. The model sees x = y + offset, where
-y is the sampler's latent, and the offset is what y would have if the sampler had moved with it: every sampler's next latent is
+y is the sampler's latent and the offset what y would have if the sampler had moved along: every sampler's next latent is
 
     y' = a y + b_0 D + b_1 D_1 + ... + noise        D, D_1, ...: the latest predictions
 

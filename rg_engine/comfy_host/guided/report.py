@@ -28,9 +28,6 @@ def report_run(run: Run) -> None:
         words += f", loss {first:.4g} -> {last:.4g}"
     if run.seconds_added is not None:
         words += f", {max(run.seconds_added, 0.0):.1f} s added"
-    warnings = [
-        f"{count} of {len(run.plan.steps)} planned steps were not guided: {why}" for why, count in run.skipped.items()
-    ]
     planned = len(run.plan.steps)
     warnings = [f"{count} of {planned} planned steps were not guided: {why}" for why, count in run.skipped.items()]
     if run.steps is not None and run.steps.missed:
