@@ -144,6 +144,10 @@ class ModelCall:
         sigma = sigma if isinstance(sigma, Tensor) else torch.full_like(self.timestep, sigma)
         return input_scale(self.guider.inner_model, sigma, self.x)
 
+    def noise_at(self, sigma: Tensor | float) -> Tensor:
+        """The noise's share of z at a noise level, (B, 1, 1, 1) in 0..1."""
+        return sigma * self.scale_at(sigma)
+
 
 def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """A step of the source: the plain prediction, its readouts kept."""
@@ -169,30 +173,38 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
         reader, _nothing = _read_guided(run, planned, (CONDITIONAL,), call)
         if not _noted(run, planned, reader, (CONDITIONAL,)):
             return call.plain()
-        moved = call.x + _move(run, planned, call, reader.gradient, planned.length / planned.moves)
-        run.move(moved - call.x)
-        call = dataclasses.replace(call, x=moved)
+        call = _moved(run, planned, call, reader.gradient, planned.length / planned.moves, planned.lands)
     reader, denoised = _predict_guided(run, planned, call)
     if not _noted(run, planned, reader, (CONDITIONAL,)):
         return denoised
     length: float | Tensor = planned.length / planned.moves
     if run.settings.mode == "norm_ratio":
         length = norm_ratio_length(call.x * call.scale, _next_z(run, planned, call, denoised), run.settings.strength)
-    move = _move(run, planned, call, reader.gradient, length)
-    if run.sigmas[planned.step + 1] == 0:  # no later step would take up the move: predict once more, from where x is now
-        run.move(move)
-        return call.predict(call.options, call.x + move)
-    assert run.frame is not None
+    if bool((call.noise_at(planned.lands) < torch.as_tensor(length, device=call.x.device)).any()):
+        # Too little noise is left there for the model to answer the move: predict once more, from where x is now.
+        return _moved(run, planned, call, reader.gradient, length, planned.sigma).plain()
+    move = _move(run, planned, call, reader.gradient, length, planned.lands)
     lands = call.scale_at(planned.lands)
+    assert run.frame is not None
     run.frame.move_next(lambda sigma: move * (lands / call.scale_at(sigma.flatten()[:1].expand(len(move)))))
     return denoised
 
 
-def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor) -> Tensor:
-    """The move of x against the gradient, so long in z where it lands."""
+def _moved(
+    run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float
+) -> ModelCall:
+    """The call from where x is after a move."""
+    moved = call.x + _move(run, planned, call, gradient, length, lands)
+    run.move(moved - call.x)
+    return dataclasses.replace(call, x=moved)
+
+
+def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float) -> Tensor:
+    """The move of x against the gradient, so long in z where it lands, though never longer than the noise there."""
     strengths = run.settings.strengths_at(planned.percent, len(call.x))
+    length = torch.minimum(torch.as_tensor(length, device=call.x.device), call.noise_at(lands))
     length = length if strengths is None else length * strengths.to(call.x.device)
-    move = rms_step(gradient, length) / call.scale_at(planned.lands)
+    move = rms_step(gradient, length) / call.scale_at(lands)
     return _kept_still(run, planned, call.x + _inside(move, run.denoise_mask).to(call.x.dtype)) - call.x
 
 
