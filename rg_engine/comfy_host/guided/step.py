@@ -169,6 +169,7 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     The prediction is of x as it was, and x moves against the gradient where the sampler goes from here. (So the noise that
     the model saw in x is kept; of a flow model, the velocity.) Of several moves only the last one's pass predicts.
     """
+    call = _held(run, planned, call)
     for _ in range(planned.moves - 1):
         reader, _nothing = _read_guided(run, planned, (CONDITIONAL,), call)
         if not _noted(run, planned, reader, (CONDITIONAL,)):
@@ -205,7 +206,7 @@ def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, len
     length = torch.minimum(torch.as_tensor(length, device=call.x.device), call.noise_at(lands))
     length = length if strengths is None else length * strengths.to(call.x.device)
     move = rms_step(gradient, length) / call.scale_at(lands)
-    return _kept_still(run, planned, call.x + _inside(move, run.denoise_mask).to(call.x.dtype)) - call.x
+    return _inside(run, move).to(call.x.dtype)
 
 
 def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[BranchReader, Tensor]:
@@ -239,6 +240,7 @@ def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -
 
 def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """The paper's step: AdamW on z with the loss of both branches, then the plain prediction at the moved latent."""
+    call = _held(run, planned, call)
     x, scale, lands = call.x, call.scale, call.scale_at(planned.lands)
     strengths = run.settings.strengths_at(planned.percent, len(x))
     with torch.inference_mode(False):
@@ -252,7 +254,7 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
         with torch.inference_mode(False):
             move = (update.step(reader.gradient) - z) / lands.clone()
         move = move if strengths is None else move * strengths.to(x.device)
-        call = dataclasses.replace(call, x=_kept_still(run, planned, x + _inside(move, run.denoise_mask).to(x.dtype)))
+        call = dataclasses.replace(call, x=x + _inside(run, move).to(x.dtype))
     run.move(call.x - x)
     return call.plain()
 
@@ -336,15 +338,21 @@ def _without_readers(options: Options) -> Options:
     return options
 
 
-def _kept_still(run: Run, planned: PlannedStep, x: Tensor) -> Tensor:
-    """x with the source's latent where a drag's mask lets nothing move."""
+def _held(run: Run, planned: PlannedStep, call: ModelCall) -> ModelCall:
+    """The call with the source's latent where a drag's mask lets nothing move."""
     assert run.objective is not None
     movable, source = run.objective.movable, run.source.latents.get(planned.step)
     if movable is None or source is None:
-        return x
-    source = source.to(x)
-    return source + (x - source) * movable.to(x.dtype)
+        return call
+    source = source.to(call.x)
+    held = source + (call.x - source) * movable.to(call.x.dtype)
+    run.move(held - call.x)
+    return dataclasses.replace(call, x=held)
 
 
-def _inside(move: Tensor, denoise_mask: Tensor | None) -> Tensor:
-    return move if denoise_mask is None else move * denoise_mask.to(move.dtype)
+def _inside(run: Run, move: Tensor) -> Tensor:
+    """A move where there is one to be made: of what is denoised, and of what a drag's mask lets move."""
+    movable = None if run.objective is None else run.objective.movable
+    for mask in (run.denoise_mask, movable):
+        move = move if mask is None else move * mask.to(move.dtype)
+    return move
