@@ -1,0 +1,72 @@
+"""``python -m rg_engine packs``: tries the combinations of every pack that is found, and writes the table of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...errors import ReadoutGuidanceError
+from . import core, core_models
+from .bench import make_bench
+from .loading import load_pack, start_comfyui, version_of
+from .trial import Combination, Row, attempt, plain
+
+CORE = "ComfyUI"
+#: Each pack by the name of its folder, and what is tried with it.
+PACKS: tuple[tuple[str, tuple[Combination, ...]], ...] = (
+    (CORE, (*core.COMBINATIONS, *core_models.COMBINATIONS)),
+)
+
+
+def run_packs(folder: Path | None, out: Path, only: list[str], pictures: int) -> None:
+    """Try what is found in ``folder``; rows of packs that were not asked for stay as they are in ``out`` and its .json."""
+    names = [name for name, _ in PACKS]
+    if unknown := [name for name in only if name not in names]:
+        raise ReadoutGuidanceError(f"there is nothing to try for {', '.join(unknown)}: choose among {', '.join(names)}")
+    logging.getLogger().setLevel(logging.WARNING)
+    comfyui = start_comfyui()
+    bench = make_bench(pictures, folder)
+    base = plain(bench)
+    print(f"ComfyUI {comfyui}, euler: {base.unguided:.1f} px unguided, {base.guided:.1f} px guided", flush=True)
+    data = out.with_suffix(".json")
+    report = json.loads(data.read_text(encoding="utf-8")) if data.exists() else {}
+    for name, combinations in PACKS:
+        if only and name not in only:
+            continue
+        key = f"{name} {comfyui}"
+        found = name == CORE or (folder is not None and (folder / name).is_dir())
+        entry: dict[str, Any] = {"pack": name, "comfyui": comfyui, "found": found, "loading": "", "version": "", "rows": []}
+        entry["euler"] = [base.unguided, base.guided]
+        if found and name != CORE:
+            assert folder is not None
+            entry["version"] = version_of(folder / name)
+            entry["loading"] = load_pack(folder / name)
+        for combination in combinations if found else ():
+            row = attempt(bench, name, combination, base, comfyui)
+            print(line(row), flush=True)
+            entry["rows"].append(dataclasses.asdict(row))
+        report[key] = entry
+        out.parent.mkdir(parents=True, exist_ok=True)
+        data.write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
+        out.write_text(document(report), encoding="utf-8")
+
+
+def line(row: Row) -> str:
+    """A row in the terminal."""
+    left = "" if row.restored else f" NOT RESTORED {row.left[:3]}"
+    said = " | ".join([row.failed, *row.losses, *row.said]).strip(" |")
+    return (
+        f"{row.pack}: {row.nodes}: {row.tried}: {row.unguided:.3g} -> {row.guided:.3g} {row.unit} ({row.other[0]:.3g} -> "
+        f"{row.other[1]:.3g}), from plain {row.from_plain:.3f}, effect {row.effect:.3f}, {row.verdict}{left}; "
+        f"{sum(row.seconds):.1f} s; {said}"
+    )
+
+
+def document(report: dict[str, Any]) -> str:
+    """docs/packs.md."""
+    return json.dumps(report)[:10]
