@@ -5,21 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ...errors import ReadoutGuidanceError
-from . import core, core_models
+from . import core, core_models, crops, res4lyf
 from .bench import make_bench
 from .loading import load_pack, start_comfyui, version_of
 from .trial import Combination, Row, attempt, plain
 
-CORE = "ComfyUI"
+#: ComfyUI's own nodes, in two lists.
+CORE = ("ComfyUI-sampling", "ComfyUI-patches")
 #: Each pack by the name of its folder, and what is tried with it.
-PACKS: tuple[tuple[str, tuple[Combination, ...]], ...] = (
-    (CORE, (*core.COMBINATIONS, *core_models.COMBINATIONS)),
+PACKS: tuple[tuple[str, Callable[[], tuple[Combination, ...]]], ...] = (
+    (CORE[0], core.combinations),
+    (CORE[1], core_models.combinations),
+    ("RES4LYF", res4lyf.combinations),
+    ("ComfyUI-TiledDiffusion", crops.tiled_diffusion),
+    ("ComfyUI_UltimateSDUpscale", crops.ultimate_upscale),
+    ("ComfyUI-Impact-Pack", crops.impact),
 )
 
 
@@ -28,8 +33,12 @@ def run_packs(folder: Path | None, out: Path, only: list[str], pictures: int) ->
     names = [name for name, _ in PACKS]
     if unknown := [name for name in only if name not in names]:
         raise ReadoutGuidanceError(f"there is nothing to try for {', '.join(unknown)}: choose among {', '.join(names)}")
+    import comfy.utils
+
     logging.getLogger().setLevel(logging.WARNING)
     comfyui = start_comfyui()
+    comfy.utils.set_progress_bar_enabled(False)
+    res4lyf.note_samplers()
     bench = make_bench(pictures, folder)
     base = plain(bench)
     print(f"ComfyUI {comfyui}, euler: {base.unguided:.1f} px unguided, {base.guided:.1f} px guided", flush=True)
@@ -39,14 +48,14 @@ def run_packs(folder: Path | None, out: Path, only: list[str], pictures: int) ->
         if only and name not in only:
             continue
         key = f"{name} {comfyui}"
-        found = name == CORE or (folder is not None and (folder / name).is_dir())
+        found = name in CORE or (folder is not None and (folder / name).is_dir())
         entry: dict[str, Any] = {"pack": name, "comfyui": comfyui, "found": found, "loading": "", "version": "", "rows": []}
         entry["euler"] = [base.unguided, base.guided]
-        if found and name != CORE:
+        if found and name not in CORE:
             assert folder is not None
             entry["version"] = version_of(folder / name)
             entry["loading"] = load_pack(folder / name)
-        for combination in combinations if found else ():
+        for combination in combinations() if found else ():
             row = attempt(bench, name, combination, base, comfyui)
             print(line(row), flush=True)
             entry["rows"].append(dataclasses.asdict(row))

@@ -20,6 +20,8 @@ from .loading import Kept
 Unit = Literal["px", "readout"]
 #: How an estimator error compares with that of ComfyUI's euler, and a readout's with the unguided one's.
 AS_GOOD, HALF = 1.5, 0.5
+#: The deviation of finished latents, over that of euler's, outside which a picture is garbage; and over the unguided one's.
+CLEAN, AS_WIDE = (0.7, 1.4), (0.8, 1.25)
 LONGEST_MESSAGE = 240
 
 
@@ -50,7 +52,7 @@ class Row:
     unguided: float = float("nan")
     guided: float = float("nan")
     other: tuple[float, float] = (float("nan"), float("nan"))  # the figures in the other unit
-    std: tuple[float, float] = (float("nan"), float("nan"))  # of the finished latents or pictures, unguided and guided
+    std: tuple[float, float] = (float("nan"), float("nan"))  # of the finished latents, unguided and guided
     from_plain: float = float("nan")  # RMS of the unguided picture's difference from KSampler's
     effect: float = float("nan")  # RMS of the guided picture's difference from the unguided one
     restored: bool | None = None
@@ -130,9 +132,11 @@ def verdict(combination: Combination, row: Row, base: Plain) -> str:
     """A word on a row."""
     if row.failed:
         return row.failed.partition(":")[0]
+    if not _finite(row.unguided) or not CLEAN[0] <= row.std[0] / base.std <= CLEAN[1]:
+        return "broken unguided"
     if row.effect == 0:
         return "as asked: no guidance" if combination.nothing else "no effect"
-    if not _finite(row.guided):
+    if not _finite(row.guided) or not AS_WIDE[0] <= row.std[1] / row.std[0] <= AS_WIDE[1]:
         return "broken"
     if combination.unit == "px" and row.guided <= AS_GOOD * base.guided:
         return "holds"
@@ -148,9 +152,8 @@ def _measure(bench: Bench, row: Row, unguided: Tensor, result: Tensor | None, ba
         if not bool(torch.isfinite(made).all()):
             shown.append((pictures, float("nan"), float("nan"), float("nan")))
             continue
-        error = bench.pose_error(pictures)
-        readout = bench.readout_error(bench.encode(pictures) if latents is None else latents)
-        shown.append((pictures, error, readout, float(made.float().std())))
+        latents = bench.encode(pictures) if latents is None else latents
+        shown.append((pictures, bench.pose_error(pictures), bench.readout_error(latents), float(latents.std())))
     (first, error, readout, std), last = shown[0], shown[-1]
     both = {"px": (error, last[1]), "readout": (readout, last[2])}
     if len(shown) == 1:
