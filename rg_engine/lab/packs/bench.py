@@ -83,10 +83,10 @@ class Bench:
     def sigmas(self, model: Any, scheduler: str = "normal", steps: int = STEPS) -> Tensor:
         return node("BasicScheduler", model=model, scheduler=scheduler, steps=steps, denoise=1.0)
 
-    def custom(self, guider: Any, sampler: str = "euler", sigmas: Tensor | None = None, **inputs: Any) -> Tensor:
-        """The finished latents of SamplerCustomAdvanced."""
+    def custom(self, guider: Any, sampler: Any = "euler", sigmas: Tensor | None = None, **inputs: Any) -> Tensor:
+        """The finished latents of SamplerCustomAdvanced; sampler: a name or a SAMPLER."""
         given = {"noise": node("RandomNoise", noise_seed=SEED), "guider": guider, "latent_image": self.latent(),
-                 "sampler": node("KSamplerSelect", sampler_name=sampler),
+                 "sampler": node("KSamplerSelect", sampler_name=sampler) if isinstance(sampler, str) else sampler,
                  "sigmas": self.sigmas(self.model) if sigmas is None else sigmas}  # fmt: skip
         return node("SamplerCustomAdvanced", **{**given, **inputs})[0]["samples"]
 

@@ -18,22 +18,27 @@ Fingerprint = dict[str, Any]
 
 def fingerprint(model: Any) -> Fingerprint:
     """Of a ModelPatcher whose weights are unpatched: each part by name."""
+    found: Fingerprint = {**network_state(model), **{f"patcher {key}": value for key, value in patcher_state(model).items()}}
+    for name in WATCHED:
+        for key, value in vars(sys.modules[name]).items() if name in sys.modules else ():
+            if callable(value) and not key.startswith("__"):  # torch.compile adds such
+                found[f"{name}.{key}"] = value
+    found["modes"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
+    found["in_training"] = getattr(sys.modules.get("comfy.model_management"), "in_training", None)
+    return found
+
+
+def network_state(model: Any) -> Fingerprint:
+    """A patcher's network: the bytes of its weights, its layers with their hooks and replaced forwards."""
     network = model.model.diffusion_model
     found: Fingerprint = {}
     for name, tensor in [*network.named_parameters(), *network.named_buffers()]:
-        raw = tensor.detach().clone().contiguous().view(torch.uint8).numpy().tobytes()
+        raw = tensor.detach().as_subclass(torch.Tensor).clone().contiguous().flatten().view(torch.uint8).numpy().tobytes()
         digest = hashlib.sha256(raw).hexdigest()
         found[f"weight {name}"] = (tensor.requires_grad, tensor.is_inference(), tuple(tensor.shape), digest)
     for name, module in network.named_modules():
         hooks = (len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
         found[f"layer {name}"] = (type(module), hooks, module.__dict__.get("forward"), module.training)
-    found |= {f"patcher {key}": value for key, value in patcher_state(model).items()}
-    for name in WATCHED:
-        for key, value in vars(sys.modules[name]).items() if name in sys.modules else ():
-            if callable(value):
-                found[f"{name}.{key}"] = value
-    found["modes"] = (torch.is_grad_enabled(), torch.is_inference_mode_enabled())
-    found["in_training"] = getattr(sys.modules.get("comfy.model_management"), "in_training", None)
     return found
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import logging
 import re
 import sys
 import types
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +23,9 @@ ABSENT = {"ComfyUI-Impact-Pack": ("impact.subpack_nodes",)}
 def start_comfyui() -> str:
     """Make what packs take for granted: ComfyUI's server object, its extra nodes, this extension. Returns the version."""
     import comfyui_version
-    import utils.install_util  # noqa: F401  ComfyUI's own utils, before another's is found
+    import server  # before anything else: it finds ComfyUI's own ``utils``
 
     import nodes
-    import server
 
     server.PromptServer(asyncio.new_event_loop())
     asyncio.run(nodes.init_builtin_extra_nodes())
@@ -42,11 +43,16 @@ def load_pack(path: Path) -> str:
     for name in ABSENT.get(path.name, ()):
         sys.modules.setdefault(name, types.ModuleType(name))
     kept = Kept()
-    logging.getLogger().addHandler(kept)
+    root = logging.getLogger()
+    level = root.level
+    root.addHandler(kept)
+    root.setLevel(logging.INFO)
     try:
-        loaded = asyncio.run(nodes.load_custom_node(str(path), module_parent="custom_nodes"))
+        with redirect_stdout(io.StringIO()):
+            loaded = asyncio.run(nodes.load_custom_node(str(path), module_parent="custom_nodes"))
     finally:
-        logging.getLogger().removeHandler(kept)
+        root.removeHandler(kept)
+        root.setLevel(level)
     if loaded:
         return ""
     for module in modules_of(path):
@@ -79,21 +85,43 @@ def version_of(path: Path) -> str:
 
 
 def node(class_type: str, **inputs: Any) -> Any:
-    """Run a node with some of its inputs, the others at their defaults; its output, a tuple where it has more than one."""
-    import nodes
+    """Run a node with some of its inputs, the others at their defaults; its output, a tuple where it has more than one.
 
-    found = nodes.NODE_CLASS_MAPPINGS.get(class_type)
-    if found is None:
-        raise ReadoutGuidanceError(f"there is no node {class_type!r}")
-    given = {**_defaults(found), **inputs}
-    if hasattr(found, "define_schema"):
-        out = found.execute(**given)
-        out = getattr(out, "result", out)
-    else:
-        out = getattr(found(), found.FUNCTION)(**given)
+    class_type: its id, or several to choose the first that there is, ``a|b``.
+    """
+    out = _run(class_type, inputs)
+    out = getattr(out, "result", out)
     if isinstance(out, dict):
         out = out["result"]
     return out[0] if isinstance(out, tuple) and len(out) == 1 else out
+
+
+def run_graph(class_type: str, given: dict[str, Any], **inputs: Any) -> Any:
+    """Run a node that expands into others, which are run as well. given: what would be linked to its inputs, by name."""
+    out = _run(class_type, {**inputs, **{name: [name, 0] for name in given}})
+    graph, done = out.expand, {name: (value,) for name, value in given.items()}
+
+    def value(link: Any) -> Any:
+        if not (isinstance(link, list) and len(link) == 2 and (link[0] in done or link[0] in graph)):
+            return link
+        if link[0] not in done:
+            made = graph[link[0]]
+            result = node(made["class_type"], **{name: value(each) for name, each in made["inputs"].items()})
+            done[link[0]] = result if isinstance(result, tuple) else (result,)
+        return done[link[0]][link[1]]
+
+    results = tuple(value(link) for link in out.result)
+    return results[0] if len(results) == 1 else results
+
+
+def _run(class_type: str, inputs: dict[str, Any]) -> Any:
+    import nodes
+
+    found = next((nodes.NODE_CLASS_MAPPINGS[name] for name in class_type.split("|") if has_node(name)), None)
+    if found is None:
+        raise ReadoutGuidanceError(f"there is no node {class_type!r}")
+    given = {**_defaults(found), **inputs}
+    return found.execute(**given) if hasattr(found, "define_schema") else getattr(found(), found.FUNCTION)(**given)
 
 
 def has_node(class_type: str) -> bool:

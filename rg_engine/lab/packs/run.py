@@ -5,26 +5,36 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from ...errors import ReadoutGuidanceError
-from . import core, core_models, crops, res4lyf
 from .bench import make_bench
 from .loading import load_pack, start_comfyui, version_of
+from .table import document
 from .trial import Combination, Row, attempt, plain
+from .tried import animation, conditioning, core, core_models, crops, layers, res4lyf
 
-#: ComfyUI's own nodes, in two lists.
-CORE = ("ComfyUI-sampling", "ComfyUI-patches")
+#: ComfyUI's own nodes, in three lists.
+CORE = ("ComfyUI-sampling", "ComfyUI-patches", "ComfyUI-compiled")
 #: Each pack by the name of its folder, and what is tried with it.
 PACKS: tuple[tuple[str, Callable[[], tuple[Combination, ...]]], ...] = (
     (CORE[0], core.combinations),
     (CORE[1], core_models.combinations),
+    (CORE[2], core_models.compiled),
     ("RES4LYF", res4lyf.combinations),
     ("ComfyUI-TiledDiffusion", crops.tiled_diffusion),
     ("ComfyUI_UltimateSDUpscale", crops.ultimate_upscale),
     ("ComfyUI-Impact-Pack", crops.impact),
+    ("ComfyUI-AnimateDiff-Evolved", animation.combinations),
+    ("ComfyUI-Advanced-ControlNet", conditioning.advanced_controlnet),
+    ("ComfyUI_IPAdapter_plus", conditioning.ipadapter),
+    ("comfyui-prompt-control", conditioning.prompt_control),
+    ("ComfyUI-GGUF", layers.gguf),
+    ("sd-perturbed-attention", layers.perturbed),
+    ("ComfyUI-KJNodes", layers.kjnodes),
 )
 
 
@@ -35,6 +45,8 @@ def run_packs(folder: Path | None, out: Path, only: list[str], pictures: int) ->
         raise ReadoutGuidanceError(f"there is nothing to try for {', '.join(unknown)}: choose among {', '.join(names)}")
     import comfy.utils
 
+    if folder is None and (told := os.environ.get("READOUT_GUIDANCE_PACKS")):
+        folder = Path(told)
     logging.getLogger().setLevel(logging.WARNING)
     comfyui = start_comfyui()
     comfy.utils.set_progress_bar_enabled(False)
@@ -50,7 +62,7 @@ def run_packs(folder: Path | None, out: Path, only: list[str], pictures: int) ->
         key = f"{name} {comfyui}"
         found = name in CORE or (folder is not None and (folder / name).is_dir())
         entry: dict[str, Any] = {"pack": name, "comfyui": comfyui, "found": found, "loading": "", "version": "", "rows": []}
-        entry["euler"] = [base.unguided, base.guided]
+        entry |= {"euler": [base.unguided, base.guided], "pictures": pictures}
         if found and name not in CORE:
             assert folder is not None
             entry["version"] = version_of(folder / name)
@@ -59,10 +71,17 @@ def run_packs(folder: Path | None, out: Path, only: list[str], pictures: int) ->
             row = attempt(bench, name, combination, base, comfyui)
             print(line(row), flush=True)
             entry["rows"].append(dataclasses.asdict(row))
+            report[key] = entry
+            _write(report, out)
         report[key] = entry
-        out.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
-        out.write_text(document(report), encoding="utf-8")
+        _write(report, out)
+
+
+def _write(report: dict[str, Any], out: Path) -> None:
+    """After each row: a run may be stopped."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1, default=str), encoding="utf-8")
+    out.write_text(document(report), encoding="utf-8")
 
 
 def line(row: Row) -> str:
@@ -74,8 +93,3 @@ def line(row: Row) -> str:
         f"{row.other[1]:.3g}), from plain {row.from_plain:.3f}, effect {row.effect:.3f}, {row.verdict}{left}; "
         f"{sum(row.seconds):.1f} s; {said}"
     )
-
-
-def document(report: dict[str, Any]) -> str:
-    """docs/packs.md."""
-    return json.dumps(report)[:10]

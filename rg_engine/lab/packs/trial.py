@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any, Literal
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from ...guidance import GuidanceSettings, Target
 from .bench import Bench, Guide, guided
-from .fingerprint import Fingerprint, changed, fingerprint, patcher_state
+from .fingerprint import Fingerprint, changed, fingerprint, network_state, patcher_state
 from .loading import Kept
 
 Unit = Literal["px", "readout"]
@@ -23,6 +24,7 @@ AS_GOOD, HALF = 1.5, 0.5
 #: The deviation of finished latents, over that of euler's, outside which a picture is garbage; and over the unguided one's.
 CLEAN, AS_WIDE = (0.7, 1.4), (0.8, 1.25)
 LONGEST_MESSAGE = 240
+DEFAULTS = GuidanceSettings()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +40,7 @@ class Combination:
     unit: Unit = "px"
     same: bool = False
     nothing: bool = False
-    settings: GuidanceSettings = GuidanceSettings()
+    settings: GuidanceSettings = DEFAULTS
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,6 +65,7 @@ class Row:
     verdict: str = ""
     seconds: tuple[float, float] = (0.0, 0.0)
     comfyui: str = ""
+    same: bool = False  # whether, unguided, it should be what KSampler makes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +89,13 @@ def plain(bench: Bench) -> Plain:
 @torch.inference_mode()
 def attempt(bench: Bench, pack: str, combination: Combination, base: Plain, comfyui: str) -> Row:
     """Try a combination; whatever it raises is in its row."""
-    row = Row(pack=pack, nodes=combination.nodes, tried=combination.tried, unit=combination.unit, comfyui=comfyui)
+    row = Row(pack=pack, nodes=combination.nodes, tried=combination.tried, unit=combination.unit, same=combination.same)
+    row.comfyui = comfyui
     given: list[tuple[Any, Fingerprint]] = []
 
     def as_it_was(model: Any, target: Target | None = None) -> Any:
-        given.append((model, patcher_state(model)))
+        own = {} if model.model is bench.model.model else network_state(model)  # that of a network made for this run
+        given.append((model, {**patcher_state(model), **own}))
         return model
 
     def steered(model: Any, target: Target | None = None) -> Any:
@@ -99,16 +104,17 @@ def attempt(bench: Bench, pack: str, combination: Combination, base: Plain, comf
 
     try:
         began = time.perf_counter()
-        unguided = combination.run(bench, as_it_was)
+        with redirect_stdout(io.StringIO()):
+            unguided = combination.run(bench, as_it_was)
         row.seconds = (time.perf_counter() - began, 0.0)
-        own = _left(given)  # what the pack itself changes on the patchers that it is given
         before = _unloaded(bench)
+        own = _left(given)  # what the pack itself changes on the patchers that it is given
     except Exception as error:
         row.failed = f"unguided: {_words(error)}"
         row.verdict = "not tried"
         return row
     given.clear()
-    with _listening() as kept:
+    with _listening() as kept, redirect_stdout(io.StringIO()):
         try:
             began = time.perf_counter()
             result = combination.run(bench, steered)
@@ -117,7 +123,8 @@ def attempt(bench: Bench, pack: str, combination: Combination, base: Plain, comf
             refused = any(kind.__name__ == "ReadoutGuidanceError" for kind in type(error).__mro__)
             row.failed = f"{'refused' if refused else 'failed'}: {_words(error)}"
             result = None
-    row.left = changed(before, _unloaded(bench)) + [name for name in _left(given) if name not in own]
+    after = _unloaded(bench)
+    row.left = changed(before, after) + [name for name in _left(given) if name not in own]
     row.restored = not row.left
     for record in kept.records:
         lines = row.said if record.levelno >= logging.WARNING else row.losses
@@ -176,7 +183,11 @@ def _finite(value: float) -> bool:
 
 def _left(given: list[tuple[Any, Fingerprint]]) -> list[str]:
     """What of the patchers that were given is not as it was."""
-    return [f"given patcher {name}" for model, state in given for name in changed(state, patcher_state(model))]
+    found = []
+    for model, state in given:
+        own = network_state(model) if any(name.startswith("weight ") for name in state) else {}
+        found += [f"given: {name}" for name in changed(state, {**patcher_state(model), **own})]
+    return found
 
 
 def _unloaded(bench: Bench) -> Fingerprint:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench import CFG, PROMPT, SEED, STEPS, Bench, Guide, following_crops
-from .loading import node
-from .trial import Combination
+from ..bench import CFG, PROMPT, SEED, STEPS, Bench, Guide, following_crops
+from ..loading import node
+from ..trial import Combination
 
 #: A second pass changes a pose only where it starts early, and its target goes on.
 DENOISE, LATE = 0.8, 0.9
@@ -24,7 +24,7 @@ def tiled_diffusion() -> tuple[Combination, ...]:
     return (
         *(tiled(method, "32 cells in tiles of 16, guided last") for method in METHODS),
         *(tiled(method, "32 cells in tiles of 16, guided first", first=True) for method in METHODS),
-        *(tiled(method, "guided at 16 cells, enlarged to 32, denoise 0.5 in tiles", "px", enlarged=True) for method in METHODS),
+        *(tiled(method, "guided at 16 cells, then 32 in tiles, denoise 0.5", "px", enlarged=True) for method in METHODS),
         *(tiled(method, "16 cells in tiles of 12", "px", cells=16, tile=96) for method in METHODS),
         tiled(METHODS[1], "32 cells in tiles of 16, one picture", only=0),
     )
@@ -144,7 +144,8 @@ def _pipe(bench: Bench, model: Any, positive: Any = None) -> Any:
 
 def _basic_pipe(bench: Bench, guide: Guide) -> Tensor:
     pipe = _pipe(bench, guide(bench.model))
-    return node("ImpactKSamplerBasicPipe", basic_pipe=pipe, latent_image=bench.latent(), denoise=1.0, **SAMPLING)[1]["samples"]
+    _, latent, _ = node("ImpactKSamplerBasicPipe", basic_pipe=pipe, latent_image=bench.latent(), denoise=1.0, **SAMPLING)
+    return latent["samples"]
 
 
 def _advanced_pipe(bench: Bench, guide: Guide) -> Tensor:
@@ -166,9 +167,8 @@ def _two_samplers(bench: Bench, guide: Guide) -> Tensor:
     model = guide(bench.model)
     base = node("KSamplerProvider", **SAMPLING, denoise=1.0, basic_pipe=_pipe(bench, model))
     other = node("KSamplerProvider", **SAMPLING, denoise=1.0, basic_pipe=_pipe(bench, model, bench.prompt("a red figure")))
-    return node("TwoSamplersForMask", latent_image=bench.latent(), base_sampler=base, mask_sampler=other, mask=_half())[
-        "samples"
-    ]
+    given = {"base_sampler": base, "mask_sampler": other, "mask": _half()}
+    return node("TwoSamplersForMask", latent_image=bench.latent(), **given)["samples"]
 
 
 def _regional(bench: Bench, guide: Guide) -> Tensor:
@@ -191,9 +191,10 @@ def _iterative(bench: Bench, guide: Guide) -> Tensor:
     before = bench.decode(bench.ksampler(guide(bench.model)))
     positive, made = following_crops(bench.positive), []
     for k in range(bench.pictures):
+        model = guide(bench.model, bench.target(k, end_percent=LATE))
         upscaler = node(
-            "PixelKSampleUpscalerProvider", scale_method="bilinear", model=guide(bench.model, bench.target(k, end_percent=LATE)),
-            vae=bench.world.vae, positive=positive, negative=bench.negative, denoise=0.5, **SAMPLING,
+            "PixelKSampleUpscalerProvider", scale_method="bilinear", model=model, vae=bench.world.vae, positive=positive,
+            negative=bench.negative, denoise=0.5, **SAMPLING,
         )  # fmt: skip
         out = node("IterativeImageUpscale", pixels=before[k : k + 1], upscale_factor=2.0, steps=2, temp_prefix="",
                    upscaler=upscaler, vae=bench.world.vae, step_mode="simple")  # fmt: skip

@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .bench import CFG, SEED, STEPS, Bench, Guide
-from .loading import node
-from .trial import Combination
+from ..bench import CFG, SEED, STEPS, Bench, Guide
+from ..loading import node
+from ..trial import Combination
 
 #: Of ComfyUI, before any pack was loaded.
 OWN_SAMPLERS: set[str] = set()
@@ -61,12 +61,18 @@ def _clown(bench: Bench, guide: Guide, latent: Any = None, **inputs: Any) -> Ten
 
 def _tiled(bench: Bench, guide: Guide) -> Tensor:
     options = node("ClownOptions_Tile_Beta", tile_width=128, tile_height=128)
-    return _clown(bench, guide, bench.latent(cells=24), sampler_name="exponential/res_2m", eta=0.0,
+    only = functools.partial(_first, bench, guide)
+    return _clown(bench, only, bench.latent(1, cells=24), sampler_name="exponential/res_2m", eta=0.0,
                   options_group={"options0": options})  # fmt: skip
+
+
+def _first(bench: Bench, guide: Guide, model: Any) -> Any:
+    """Guided towards the first scene."""
+    return guide(model, bench.target(only=0))
 
 
 def _as_sampler(bench: Bench, guide: Guide) -> Tensor:
     sampler = node("ClownSampler_Beta", sampler_name="exponential/res_2m", eta=0.0, seed=SEED)
     model = guide(bench.model)
     guider = node("CFGGuider", model=model, positive=bench.positive, negative=bench.negative, cfg=CFG)
-    return bench.custom(guider, latent_image=bench.latent(), **{"sampler": sampler})
+    return bench.custom(guider, sampler)

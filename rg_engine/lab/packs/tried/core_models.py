@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .bench import Bench, Guide
-from .loading import has_node, node
-from .trial import Combination
+from ..bench import SEED, Bench, Guide
+from ..loading import has_node, node
+from ..trial import Combination
 
 #: A LoRA's layers: the last convolutions that every tap comes before.
 LORA_LAYERS = ("output_blocks_3_0_in_layers_2", "output_blocks_4_0_in_layers_2", "output_blocks_5_0_in_layers_2")
@@ -21,15 +21,14 @@ PATCHES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("APG", "", {"momentum": -0.5}),
     ("TCFG", "", {}),
     ("Mahiro", "", {}),
-    ("RenormCFG", "", {"renorm_cfg": 0.5}),
     ("SkipLayerGuidanceDiT", "no such layers in a UNet", {"start_percent": 0.0}),
     ("PerturbedAttentionGuidance", "", {}),
     ("SelfAttentionGuidance", "", {}),
     ("FreeU", "", {}),
     ("FreeU_V2", "", {"b1": 1.1, "b2": 1.1}),
-    ("FreSca", "", {}),
-    ("HyperTile", "tiles of 64 px", {"tile_size": 64, "max_depth": 2}),
-    ("TomePatchModel", "", {}),
+    ("FreSca", "cutoff 4", {"freq_cutoff": 4}),
+    ("HyperTile", "tiles of 32 px", {"tile_size": 32, "max_depth": 2}),
+    ("TomePatchModel", "this model has no attention at its largest maps", {}),
     ("PatchModelAddDownscale", "the first half", {"block_number": 2, "end_percent": 0.5}),
     ("UNetSelfAttentionMultiply", "", {"q": 1.1}),
     ("Epsilon Scaling", "", {}),
@@ -53,7 +52,14 @@ def combinations() -> tuple[Combination, ...]:
     ]
     if has_node("ContextWindowsManual"):
         found += WINDOWS
-    return (*found, *PROMPTS, *HOOKS, *COMPILED)
+    if has_node("RenormCFG"):
+        found.append(Combination(nodes="RenormCFG", tried="picture by picture", run=_renorm))
+    return (*found, *PROMPTS, *HOOKS)
+
+
+def compiled() -> tuple[Combination, ...]:
+    """Apart from the others: compiling takes minutes."""
+    return COMPILED
 
 
 def _patched(bench: Bench, guide: Guide, patch: str, first: bool = False, **inputs: Any) -> Tensor:
@@ -62,19 +68,28 @@ def _patched(bench: Bench, guide: Guide, patch: str, first: bool = False, **inpu
     return bench.ksampler(guide(node(patch, model=bench.model, **inputs)))
 
 
-def _frames(bench: Bench) -> int:
-    return max(bench.pictures, 4)
+def _renorm(bench: Bench, guide: Guide) -> Tensor:
+    """The node takes one picture at a time."""
+    model = node("RenormCFG", model=bench.model, renorm_cfg=0.5)
+    return torch.cat([
+        bench.ksampler(guide(model, bench.target(k)), latent_image=bench.latent(1), seed=SEED + k)
+        for k in range(bench.pictures)
+    ])  # fmt: skip
 
 
-def _windows(bench: Bench, guide: Guide, schedule: str, fuse: str = "pyramid", dim: int = 0, same: bool = False) -> Tensor:
-    """Windows of 2 over the batch, each picture with a control of its own; or of 12 rows over the height."""
+def _windows(bench: Bench, guide: Guide, schedule: str, fuse: str = "pyramid", dim: int = 0) -> Tensor:
+    """Windows of 2 over the batch, each picture with a control of its own; or, picture by picture, of 12 rows or columns."""
     length, overlap = (2, 1) if dim == 0 else (12, 4)
     model = node(
         "ContextWindowsManual", model=bench.model, context_length=length, context_overlap=overlap,
         context_schedule=schedule, fuse_method=fuse, dim=dim,
     )  # fmt: skip
-    target = bench.target(only=0) if same else bench.target()
-    return bench.ksampler(guide(model, target))
+    if dim == 0:
+        return bench.ksampler(guide(model))
+    return torch.cat([
+        bench.ksampler(guide(model, bench.target(k)), latent_image=bench.latent(1), seed=SEED + k)
+        for k in range(bench.pictures)
+    ])  # fmt: skip
 
 
 WINDOWS = (
@@ -87,6 +102,8 @@ WINDOWS = (
                 run=functools.partial(_windows, schedule="standard_static", fuse="relative")),
     Combination(nodes="ContextWindowsManual", tried="standard_static, over the rows of the latent",
                 run=functools.partial(_windows, schedule="standard_static", dim=2)),
+    Combination(nodes="ContextWindowsManual", tried="standard_uniform, over the columns of the latent",
+                run=functools.partial(_windows, schedule="standard_uniform", dim=3)),
 )  # fmt: skip
 
 
@@ -118,7 +135,8 @@ def _masked_prompts(bench: Bench, guide: Guide) -> Tensor:
     mask[:, :, :64] = 1
     left = node("ConditioningSetMask", conditioning=bench.positive, mask=mask)
     right = node("ConditioningSetMask", conditioning=bench.prompt("a red figure, pink wall"), mask=1 - mask)
-    return bench.ksampler(guide(bench.model), positive=node("ConditioningCombine", conditioning_1=left, conditioning_2=right))
+    both = node("ConditioningCombine", conditioning_1=left, conditioning_2=right)
+    return bench.ksampler(guide(bench.model), positive=both)
 
 
 PROMPTS = (
@@ -130,10 +148,10 @@ PROMPTS = (
 )
 
 
-def random_lora(bench: Bench, size: float = 0.25) -> dict[str, Tensor]:
+def random_lora(bench: Bench, size: float = 0.8) -> dict[str, Tensor]:
     """A LoRA of the demo model with random weights that changes its pictures."""
     generator, network = torch.Generator().manual_seed(0), bench.model.model.diffusion_model
-    found = {}
+    found: dict[str, Tensor] = {}
     for layer in LORA_LAYERS:
         block, number = int(layer.split("_")[2]), int(layer.split("_")[3])
         weight = network.output_blocks[block][number].in_layers[2].weight
@@ -187,6 +205,8 @@ def _compiled(bench: Bench, guide: Guide, first: bool) -> Tensor:
 
 
 COMPILED = (
-    Combination(nodes="TorchCompileModel", tried="compiled, then guided", run=functools.partial(_compiled, first=True)),
-    Combination(nodes="TorchCompileModel", tried="guided, then compiled", run=functools.partial(_compiled, first=False)),
-)
+    Combination(nodes="TorchCompileModel", tried="compiled, then guided", run=functools.partial(_compiled, first=True),
+                same=True),
+    Combination(nodes="TorchCompileModel", tried="guided, then compiled", run=functools.partial(_compiled, first=False),
+                same=True),
+)  # fmt: skip

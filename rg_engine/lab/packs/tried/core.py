@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...guidance import GuidanceSettings
-from .bench import CFG, SEED, STEPS, Bench, Guide
-from .loading import node
-from .trial import Combination
+from ....guidance import GuidanceSettings
+from ..bench import CFG, SEED, STEPS, Bench, Guide
+from ..loading import node
+from ..trial import Combination
 
 ZSNR_SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "uni_pc")
 ZSNR_SCHEDULERS = ("normal", "sgm_uniform", "karras")
@@ -25,15 +26,16 @@ def combinations() -> tuple[Combination, ...]:
     def plain(sampler: str = "euler", steps: int = STEPS, scheduler: str = "normal", **more: Any) -> Combination:
         tried = f"{sampler}, {scheduler}, {steps} steps"
         run = functools.partial(_ksampler, sampler_name=sampler, steps=steps, scheduler=scheduler)
-        return Combination(nodes="KSampler", tried=f"{tried}{more.pop('note', '')}", run=run, **more)
+        settings = more.get("settings")
+        return Combination(nodes="KSampler", tried=f"{tried}{f', {settings.mode}' if settings else ''}", run=run, **more)
 
     modes = [GuidanceSettings(mode="reference", iterations=3), GuidanceSettings(mode="norm_ratio")]
     return (
         *(plain(sampler) for sampler in comfy.samplers.KSampler.SAMPLERS),
         *(plain(scheduler=scheduler) for scheduler in comfy.samplers.KSampler.SCHEDULERS if scheduler != "normal"),
         *(plain(steps=steps) for steps in (4, 6, 8, 11, 12, 14, 16, 30, 60)),
-        *(plain(note=f", {settings.mode}", settings=settings) for settings in modes),
-        *(_zsnr(sampler, scheduler, steps) for sampler in ZSNR_SAMPLERS for scheduler in ZSNR_SCHEDULERS for steps in (20, 4)),
+        *(plain(settings=settings) for settings in modes),
+        *(_zsnr(*each) for each in itertools.product(ZSNR_SAMPLERS, ZSNR_SCHEDULERS, (20, 4))),
         *(_zsnr("euler", "normal", STEPS, settings) for settings in modes),
         *PASSES,
         *GUIDERS,
@@ -66,9 +68,9 @@ def _whole(bench: Bench, guide: Guide) -> Tensor:
 
 def _two_parts(bench: Bench, guide: Guide, at: int = 5, sampler: str = "euler") -> Tensor:
     """One guided model for both halves of a sampling."""
-    model = guide(bench.model)
-    first = _advanced(bench, model, bench.latent(), end_at_step=at, return_with_leftover_noise="enable", sampler_name=sampler)
-    return _advanced(bench, model, first, start_at_step=at, add_noise="disable", sampler_name=sampler)["samples"]
+    advanced = functools.partial(_advanced, bench, guide(bench.model), sampler_name=sampler)
+    first = advanced(bench.latent(), end_at_step=at, return_with_leftover_noise="enable")
+    return advanced(first, start_at_step=at, add_noise="disable")["samples"]
 
 
 def _second_part(bench: Bench, guide: Guide) -> Tensor:
@@ -94,11 +96,11 @@ def _sampler_custom(bench: Bench, guide: Guide) -> Tensor:
     )[0]["samples"]  # fmt: skip
 
 
-def _half_noise(bench: Bench, guide: Guide, end: float) -> Tensor:
+def _again(bench: Bench, guide: Guide, end: float, denoise: float = 0.6) -> Tensor:
     """A finished picture in another pose, sampled again."""
     latent = {"samples": bench.ksampler(bench.model)}
     model = guide(bench.model, bench.target(end_percent=end))
-    return bench.ksampler(model, latent_image=latent, denoise=0.6, seed=SEED + 1)
+    return bench.ksampler(model, latent_image=latent, denoise=denoise, seed=SEED + 1)
 
 
 def _hires(bench: Bench, guide: Guide, both: bool) -> Tensor:
@@ -127,10 +129,12 @@ PASSES = (
     Combination(nodes="KSamplerAdvanced, twice", tried="steps 0 to 4 unguided, then guided", run=_second_part),
     Combination(nodes="SplitSigmas, SamplerCustomAdvanced", tried="at step 5, one guided model", run=_split_sigmas),
     Combination(nodes="SamplerCustom", tried="euler", run=_sampler_custom, same=True),
-    Combination(nodes="KSampler", tried="denoise 0.6, target to 0.9", run=functools.partial(_half_noise, end=LATE)),
+    Combination(nodes="KSampler", tried="denoise 0.6, target to 0.9", run=functools.partial(_again, end=LATE)),
+    Combination(nodes="KSampler", tried="denoise 0.8, target to 0.9",
+                run=functools.partial(_again, end=LATE, denoise=0.8)),
     Combination(
         nodes="KSampler", tried="denoise 0.6, target to 0.3: nothing to guide",
-        run=functools.partial(_half_noise, end=0.3), nothing=True,
+        run=functools.partial(_again, end=0.3), nothing=True,
     ),
     Combination(nodes="LatentUpscale, KSampler", tried="16 to 32 cells, denoise 0.5, the second pass guided",
                 run=functools.partial(_hires, both=False), unit="readout"),
