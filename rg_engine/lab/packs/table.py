@@ -16,8 +16,8 @@ nox -s packs -- --packs FOLDER
 where FOLDER holds clones of the packs (of ComfyUI_UltimateSDUpscale with its submodule); nothing is downloaded. The demo
 model, {pictures} pictures, 20 steps and cfg 3 unless told. *px*: mean distance of 14 joints from where they should be, in
 finished pictures, by an estimator that has nothing to do with the head that steers; larger pictures are shrunk to 128 px.
-*readout*, where such a figure makes no sense: the mean square difference of the head's readout of the finished latent from the
-control.
+*readout*, where such a figure makes no sense: the mean square difference of the head's readout of the finished latent from
+the control.
 
 - **holds**: within 1.5 times of ComfyUI's euler guided; a readout: at most half the unguided one. **partly**: at most half
   the unguided error. **weakly**: below it. **worse**: not.
