@@ -22,8 +22,9 @@ ABSENT = {"ComfyUI-Impact-Pack": ("impact.subpack_nodes",)}
 
 def start_comfyui() -> str:
     """Make what packs take for granted: ComfyUI's server object, its extra nodes, this extension. Returns the version."""
+    _take_utils()
     import comfyui_version
-    import server  # before anything else: it finds ComfyUI's own ``utils``
+    import server
 
     import nodes
 
@@ -31,6 +32,11 @@ def start_comfyui() -> str:
     asyncio.run(nodes.init_builtin_extra_nodes())
     load_extension()
     return comfyui_version.__version__
+
+
+def _take_utils() -> None:
+    """ComfyUI's own ``utils``, as its start does, before ``nodes`` puts a folder with another one first on the path."""
+    import utils.install_util  # noqa: F401
 
 
 def load_pack(path: Path) -> str:
