@@ -1,4 +1,4 @@
-"""A guided model is guided wherever it goes: any sampler node, passes of other sizes, parts of a picture, other nodes' ways."""
+"""A guided model is guided wherever it goes: any sampler node, passes of other sizes, parts of a picture."""
 
 from __future__ import annotations
 

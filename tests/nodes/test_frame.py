@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from comfyui_host import engine
@@ -119,7 +121,7 @@ def test_a_sampler_of_another_pack_that_keeps_its_latent_to_itself():
 
     def sample(model, x, sigmas, extra_args=None, **_):
         x = x.double()
-        for high, low in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for high, low in itertools.pairwise(sigmas):
             first = model(x.clone(), high * x.new_ones(1), **extra_args)
             if low == 0:
                 return first.float()

@@ -48,7 +48,8 @@ def guided_model(model: Any, target: Target | None, settings: GuidanceSettings) 
     """A MODEL that is guided wherever it is sampled. Raises TargetError for drags of several frames."""
     if target is not None and target.drag_frames > 1:
         raise TargetError(
-            "drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 for a guider or a guided model"
+            "drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 for a guider, or a guided "
+            "model"
         )
     return guide(model, target, settings)
 
