@@ -13,7 +13,7 @@ from ..errors import TargetError
 from ..heads import ReadoutHead
 from ..losses import appearance_loss, correspondence_loss, identity_loss, sketch_loss, spatial_loss
 from ..losses.correspondence import Window, gather
-from .parts import Part
+from .parts import Part, stitched
 from .targets import Target
 
 
@@ -185,6 +185,19 @@ class Objective:
             readout = head.read(branch.features, branch.emb, self.size, branch.noise_level, light=light)
             readouts |= dict.fromkeys(group, readout)
         return readouts
+
+
+def whole_step(parts: list[tuple[Part, SourceStep]], latent: Tensor) -> SourceStep:
+    """Steps of parts of the pictures as one."""
+    if parts[0][0].whole:
+        return parts[0][1]
+    low, high = (latent.new_full((len(latent),), value, dtype=torch.float32) for value in (torch.inf, -torch.inf))
+    for part, step in parts:
+        pictures = part.of_pictures(torch.arange(len(latent), device=latent.device))
+        low[pictures], high[pictures] = torch.minimum(low[pictures], step.z_min), torch.maximum(high[pictures], step.z_max)
+    names = parts[0][1].readouts
+    readouts = {i: stitched([(part, step.readouts[i]) for part, step in parts], latent) for i in names}
+    return SourceStep(readouts=readouts, z_min=low, z_max=high)
 
 
 def _extremes(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,3 +122,28 @@ def _place(row: Tensor, latent: Tensor) -> tuple[int, int, int] | None:
         if torch.equal(latent[picture][:, down[:, None], across], row):
             return picture, top, left
     return None
+
+
+def together(parts: list[tuple[Part, Tensor]], latent: Tensor, empty: Tensor) -> Tensor:
+    """Values of parts of the pictures as one: where several cover a place, their mean.
+
+    Values: (b, C, h, w), or (b,), each a part's share of its pictures.
+    """
+    if all(part.whole for part, _ in parts):
+        return torch.stack([values for _, values in parts]).mean(0)
+    total, covered = empty.float().clone(), torch.zeros(len(latent), 1, *latent.shape[-2:], device=latent.device)
+    for part, values in parts:
+        part.add_to(covered, torch.ones_like(part.of(covered)))
+        if values.ndim == 1:
+            total.index_add_(0, part.of_pictures(torch.arange(len(total), device=total.device)), values.float())
+        else:
+            part.add_to(total, values)
+    return total / (covered.flatten(1).mean(1).clamp_min(1e-6) if total.ndim == 1 else covered.clamp_min(1))
+
+
+def stitched(parts: list[tuple[Part, Tensor]], latent: Tensor) -> Tensor:
+    """Readouts of parts (b, D, h, w) as one, (B, D, H, W)."""
+    if parts[-1][0].whole:
+        return parts[-1][1]
+    shape = (len(latent), parts[0][1].shape[1], *latent.shape[-2:])
+    return together(parts, latent, torch.zeros(shape, device=latent.device))

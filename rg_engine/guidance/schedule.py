@@ -121,7 +121,8 @@ def make_plan(
         active = tuple(i for i, (start, end) in enumerate(limits) if end <= sigma <= start and counts(i, percent))
         if active and settings.strongest_at(percent):
             found.append((step, percent, active))
-    chosen = _every(often, found, origin) if often else found
+    until = min(max((end for _, end in ranges), default=0.0), percent_of(sigmas[-1], percent_to_sigma))
+    chosen = _every(often, found, origin, until) if often else found
     planned = []
     guided_until = began
     for k, (step, percent, active) in enumerate(chosen):
@@ -135,21 +136,22 @@ def make_plan(
         if settings.mode == "fast" and end - since < MIN_TIME:
             continue
         sigma, lands = float(sigmas[step]), landing(settings.mode, float(sigmas[step]), float(sigmas[step + 1]))
-        moves = max(1, math.ceil((end - min(since, percent)) / part - 0.3)) if part else 1
+        first, last = ((time - origin) / part if part else 0 for time in (min(since, percent), end))
+        moves = max(1, round(last) - round(first))
         planned.append(
             PlannedStep(step=step, sigma=sigma, percent=percent, active=active, length=length, lands=lands, moves=moves)
         )
     return Plan(steps=tuple(planned))
 
 
-def _every(part: float, steps: list[tuple[int, float, tuple[int, ...]]], origin: float) -> list[tuple[int, float, tuple]]:
+def _every(
+    part: float, steps: list[tuple[int, float, tuple[int, ...]]], origin: float, until: float
+) -> list[tuple[int, float, tuple[int, ...]]]:
     """Of (step, percent, targets), those nearest to every ``part`` of the time from origin, and each target's first."""
     picked = {next(k for k, each in enumerate(steps) if i in each[2]) for _, _, active in steps for i in active}
-    percents = [percent for _, percent, _ in steps]
-    time = origin
-    while percents and time < percents[-1] + part / 2:
-        picked.add(min(range(len(steps)), key=lambda k: abs(percents[k] - time)))
-        time += part
+    for number in range(max(1, math.ceil((until - origin) / part - 0.25)) if steps else 0):
+        time = origin + number * part
+        picked.add(min(range(len(steps)), key=lambda k: abs(steps[k][1] - time)))
     return [steps[k] for k in sorted(picked)]
 
 

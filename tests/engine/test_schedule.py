@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from rg_engine.errors import TargetError
-from rg_engine.guidance import GuidanceSettings, make_plan
-from rg_engine.guidance.schedule import PATH_PER_TIME, percent_of
+from rg_engine.guidance import GuidanceSettings, Keyframes, make_plan
+from rg_engine.guidance.schedule import PAPER_SIGMA, PATH_PER_TIME, landing, percent_of
 
 _BETAS = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
 _ALPHA_BAR = torch.cumprod(1 - _BETAS, 0)
@@ -84,7 +84,40 @@ def test_the_fast_path_is_as_long_whatever_the_number_of_steps(ends, count, inte
 
 
 def test_at_strength_1_the_fast_path_over_the_first_half_is_the_papers():
-    assert path(make_plan([(0.0, 0.5)], sd_steps(50), GuidanceSettings(), sd)) == pytest.approx(50 * 0.02, rel=0.01)
+    """Its 50 sign steps of 0.02 in a hundred, each as long as it has become in z where its tenth of the time ends."""
+
+    def scale(percent: float) -> float:
+        return (1 + sd_sigma((1 - percent) * 999) ** 2) ** -0.5
+
+    papers = sum(0.02 * scale(math.floor(i / 10 + 1) / 10) / scale(i / 100) for i in range(50))
+    assert path(make_plan([(0.0, 0.5)], sd_steps(50), GuidanceSettings(), sd)) == pytest.approx(papers, rel=0.01)
+
+
+@pytest.mark.parametrize("count", [5, 6, 7, 8, 10, 11, 12, 13, 14, 16, 20, 30, 60])
+def test_about_as_many_moves_are_made_at_any_number_of_steps(count):
+    plan = make_plan([(0.0, 0.5)], sd_steps(count), GuidanceSettings(), sd)
+    assert 4 <= sum(step.moves for step in plan.steps) <= 6
+    assert max(step.length / step.moves for step in plan.steps) <= 0.19 * PATH_PER_TIME
+
+
+def test_a_move_is_measured_where_the_sampler_takes_it():
+    for step in make_plan([(0.0, 1.0)], sd_steps(20), GuidanceSettings(interval=0.0), sd).steps:
+        assert step.lands == sd_steps(20)[step.step + 1]
+
+
+@pytest.mark.parametrize(
+    ("sigma", "after", "lands"), [(14.6, 11.0, 14.6), (5.0, 3.0, 5.0), (4518.0, 38.0, 38.0), (40.0, 9.0, PAPER_SIGMA)]
+)
+def test_reference_mode_is_measured_where_the_papers_code_does_as_far_as_its_noise_goes(sigma, after, lands):
+    assert landing("reference", sigma, after) == pytest.approx(lands)
+
+
+def test_a_target_that_counts_for_nothing_then_guides_nothing_then():
+    ranges, steps = [(0.0, 0.5), (0.0, 0.5)], sd_steps(20)
+    plan = make_plan(ranges, steps, GuidanceSettings(), sd, lambda i, percent: i == 0 or percent >= 0.2)
+    assert all((1 in step.active) == (step.percent >= 0.2) for step in plan.steps)
+    silent = Keyframes(points=((0.0, (0.0,)), (0.3, (0.0,)), (0.4, (1.0,))))
+    assert min(step.percent for step in make_plan(ranges, steps, GuidanceSettings(keyframes=silent), sd).steps) > 0.3
 
 
 def test_fast_mode_guides_once_in_an_interval_and_reference_mode_at_every_step():

@@ -465,7 +465,7 @@ def in_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 def test_a_readouts_gradient_is_that_of_plain_autograd_from_the_loss_to_the_latent(dtype, graph):
     features = engine("features")
-    options = {"optimized_attention_override": engine("comfy_host.guided.branches").ATTENTION[graph]}
+    options = {"optimized_attention_override": engine("comfy_host.guided.attention").ATTENTION[graph]}
     with plain_autograd():
         model = in_precision(dtype)
         network = model.model.diffusion_model.requires_grad_(False)

@@ -205,14 +205,14 @@ def test_a_patch_that_writes_in_place(small, mode):
 
 def test_both_branches_of_a_guided_step_run_by_the_same_attention(small, monkeypatch):
     """cfg would multiply the difference between two kernels as it does that between prompts."""
-    branches, maps = engine("comfy_host.guided.branches"), {True: [], False: []}
-    kernel = branches.attention_pytorch
+    attention, maps = engine("comfy_host.guided.attention"), {True: [], False: []}
+    kernel = attention.attention_pytorch
 
     def counted(q, *args, **kwargs):
         maps[torch.is_grad_enabled()].append(q.shape[1])
         return kernel(q, *args, **kwargs)
 
-    monkeypatch.setattr(branches, "attention_pytorch", counted)
+    monkeypatch.setattr(attention, "attention_pytorch", counted)
     small.sample(small.target(), latent_image={"samples": torch.zeros(1, 4, 24, 24)}, steps=11)  # a move a guided step
     assert max(maps[True]) == 24 * 24
     assert maps[False] == maps[True]

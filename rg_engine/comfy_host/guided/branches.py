@@ -14,22 +14,22 @@ from typing import Any
 import comfy.model_management
 import comfy.model_patcher
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...features import Backbone, FeatureTap
 from ...guidance import Branch, Objective, Part, SourceStep, parts_of
+from ...guidance.objective import whole_step
+from ...guidance.parts import stitched, together
 from ..loaded.frozen_layers import plain
 from ..loaded.gradient_scope import GradientScope
 from ..loaded.model import input_scale
 from ..loaded.saved_tensors import beside_other_nodes
+from .attention import ATTENTION
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
 PROMPTS = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
 KEY = "readout_guidance_branch"
-KERNELS_WITH_BACKWARD = ("attention_pytorch", "attention_split", "attention_basic", "attention_xformers")
-SMALL = 256  # cells; for more, the sub-quadratic kernel takes longer and keeps every pair
 
 
 class BranchReader:
@@ -83,21 +83,21 @@ class BranchReader:
 
     def loss(self, branch: int = CONDITIONAL) -> Tensor:
         """(B,); of prompts that ran apart, the mean."""
-        return _together(self._losses[branch], self._x, torch.zeros(len(self._x), device=self._x.device))
+        return together(self._losses[branch], self._x, torch.zeros(len(self._x), device=self._x.device))
 
     @property
     def gradient(self) -> Tensor:
         empty = torch.zeros(self._x.shape, device=self._x.device)
-        return torch.stack([_together(parts, self._x, empty) for parts in self._gradients.values()]).sum(0)
+        return torch.stack([together(parts, self._x, empty) for parts in self._gradients.values()]).sum(0)
 
     @property
     def readouts(self) -> dict[int, Tensor]:
         """The latest readouts (B, D, H, W), by target."""
-        return {i: _stitched(parts, self._x) for i, parts in self._readouts.items()}
+        return {i: stitched(parts, self._x) for i, parts in self._readouts.items()}
 
     @property
     def found(self) -> dict[int, SourceStep]:
-        return {branch: _whole_step(list(parts.values()), self._x) for branch, parts in self._found.items()}
+        return {branch: whole_step(list(parts.values()), self._x) for branch, parts in self._found.items()}
 
     def install(self, options: dict[str, Any], guider: Any = None, branches: Sequence[int] = (), only: bool = False) -> Any:
         """Model options that let this reader see the network's calls.
@@ -264,43 +264,6 @@ class BranchReader:
             self._gradients.setdefault(branches[part.chunk], []).append((part, moved))
 
 
-def _together(parts: list[tuple[Part, Tensor]], latent: Tensor, empty: Tensor) -> Tensor:
-    """Values of parts of the pictures as one: where several cover a place, their mean.
-
-    Values: (b, C, h, w), or (b,), each a part's share of its pictures.
-    """
-    if all(part.whole for part, _ in parts):
-        return torch.stack([values for _, values in parts]).mean(0)
-    total, covered = empty.float().clone(), torch.zeros(len(latent), 1, *latent.shape[-2:], device=latent.device)
-    for part, values in parts:
-        part.add_to(covered, torch.ones_like(part.of(covered)))
-        if values.ndim == 1:
-            total.index_add_(0, part.of_pictures(torch.arange(len(total), device=total.device)), values.float())
-        else:
-            part.add_to(total, values)
-    return total / (covered.flatten(1).mean(1).clamp_min(1e-6) if total.ndim == 1 else covered.clamp_min(1))
-
-
-def _stitched(parts: list[tuple[Part, Tensor]], latent: Tensor) -> Tensor:
-    """Readouts of parts (b, D, h, w) as one, (B, D, H, W)."""
-    if parts[-1][0].whole:
-        return parts[-1][1]
-    shape = (len(latent), parts[0][1].shape[1], *latent.shape[-2:])
-    return _together(parts, latent, torch.zeros(shape, device=latent.device))
-
-
-def _whole_step(parts: list[tuple[Part, SourceStep]], latent: Tensor) -> SourceStep:
-    if parts[0][0].whole:
-        return parts[0][1]
-    low, high = (latent.new_full((len(latent),), value, dtype=torch.float32) for value in (torch.inf, -torch.inf))
-    for part, step in parts:
-        pictures = part.of_pictures(torch.arange(len(latent), device=latent.device))
-        low[pictures], high[pictures] = torch.minimum(low[pictures], step.z_min), torch.maximum(high[pictures], step.z_max)
-    names = parts[0][1].readouts
-    readouts = {i: _stitched([(part, step.readouts[i]) for part, step in parts], latent) for i in names}
-    return SourceStep(readouts=readouts, z_min=low, z_max=high)
-
-
 def _of_pictures(scale: Tensor) -> Tensor:
     """The scale of a call's rows (R, 1, 1, 1), which is one for all of them, as (1, 1, 1, 1)."""
     return scale[:1]
@@ -314,23 +277,3 @@ def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) 
     if scope.shared or control is not None or options.get("patches") or options.get("patches_replace"):
         return beside_other_nodes()
     return contextlib.nullcontext()
-
-
-def _attention_with_backward(roomy: bool, chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The attention kernel in use if it has a backward, else PyTorch's.
-
-    Sage and some flash builds have none; the sub-quadratic one has none when memory is short, and keeps every pair of cells
-    when it isn't: with room it stays in use for small maps in fp32, where guided and plain pass then agree to the last bit.
-    """
-    name = getattr(chosen, "__name__", "")
-    stays = name in KERNELS_WITH_BACKWARD or (
-        roomy and name == "attention_sub_quad" and q.shape[-2] <= SMALL and q.dtype == torch.float32
-    )
-    return (chosen if stays else attention_pytorch)(q, *args, **kwargs)
-
-
-#: By graph: what ``optimized_attention_override`` is in a guided step.
-ATTENTION = {
-    "full": functools.partial(_attention_with_backward, True),
-    "light": functools.partial(_attention_with_backward, False),
-}

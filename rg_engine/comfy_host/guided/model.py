@@ -32,9 +32,10 @@ from ..loaded.random_state import random_state_kept
 from .frame import Frame, FramedModel, framed
 from .progress import RunProgress
 from .report import Repetitions, report_empty_plan, report_run
+from .run import ModelCall, Options, Run
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePasses, fingerprint
-from .step import KEY, ModelCall, Options, Run, one_pass_step, reference_step, source_step
+from .step import KEY, one_pass_step, reference_step, source_step
 
 #: The source passes of this session.
 SOURCES = SourcePasses()

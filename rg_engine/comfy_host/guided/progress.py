@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...guidance.pictures import as_image, readout_picture
 from .report import show
-from .step import Run
+from .run import Run
 
 PREVIEW_PX = 512
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...guidance import GuidanceSettings, Target
 from ...guidance.schedule import percent_of
-from .step import Run
+from .run import Run
 
 log = logging.getLogger("readout_guidance")
 #: A loss that has risen by more than so much is worth a word.

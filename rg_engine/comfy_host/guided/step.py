@@ -7,33 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
-from ...features import Backbone
-from ...guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, Target, norm_ratio_length, rms_step
+from ...guidance import ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
 from ...guidance.schedule import PlannedStep
-from ...guidance.targets import fit
-from ..loaded.gradient_scope import GradientScope, Graph
 from ..loaded.memory import is_out_of_memory
-from ..loaded.model import input_scale
-from .branches import CONDITIONAL, PROMPTS, UNCONDITIONAL, BranchReader
-from .branches import KEY as READER
-from .frame import Frame
-from .sampler_steps import SamplerSteps
-from .source_pass import SourcePass
+from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader
+from .run import ModelCall, Run, without_readers
 
 log = logging.getLogger("readout_guidance")
 KEY = "readout_guidance"
-Options = dict[str, Any]
 Result = TypeVar("Result")
 #: Why a planned step was not guided.
 NOTHING_ACTIVE = "no prompt was active"
@@ -41,112 +31,6 @@ STRANGE = (
     "the network was given a picture of {}x{} cells that is no part of the one being made (another node enlarges, shrinks "
     "or changes it): bypass that node for the guided steps"
 )
-#: Functions of other nodes that come after the branches, and are not for passes that only read.
-AFTER_BRANCHES = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
-
-
-@dataclasses.dataclass(kw_only=True)
-class Run:
-    """The state of one sampling run."""
-
-    targets: tuple[Target, ...]
-    settings: GuidanceSettings
-    backbone: Backbone
-    plan: Plan
-    sampler: Any
-    sigmas: list[float]
-    graph: Graph = "full"  # what is kept for backward
-    objective: Objective | None = None
-    noise: Tensor | None = None
-    denoise_mask: Tensor | None = None
-    steps: SamplerSteps | None = None
-    frame: Frame | None = None
-    scope: GradientScope | None = None
-    recording: bool = False  # the source pass is under way
-    source: SourcePass = dataclasses.field(default_factory=SourcePass)
-    references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
-    reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
-    losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
-    readouts: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # the latest, by target
-    seconds_added: float | None = None  # by guidance; None where no plain step tells
-    guided: set[int] = dataclasses.field(default_factory=set)  # steps
-    skipped: dict[str, int] = dataclasses.field(default_factory=dict)  # planned steps that could not be, by the reason
-
-    def begin(self, guider: Any, objective: Objective, noise: Tensor, denoise_mask: Tensor | None, seed: int | None) -> None:
-        """Set what is known once the model is loaded."""
-        if not bool(noise.any()):  # the latent comes with its noise; references need some all the same
-            generator = torch.Generator().manual_seed(seed or 0)
-            noise = torch.randn(noise.shape, generator=generator).to(noise)
-        self.objective, self.noise, self.denoise_mask = objective, noise, denoise_mask
-        self.use_graph(self.graph, guider)
-        for i, target in enumerate(objective.targets):
-            if target.needs_reference and target.reference_latent is not None:
-                latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))
-                self.references[i] = fit(latent, objective.size).expand_as(noise)
-
-    def use_graph(self, graph: Graph, guider: Any) -> None:
-        self.graph, self.scope = graph, GradientScope(guider.inner_model.diffusion_model, graph)
-
-    def reader(self, x: Tensor, planned: PlannedStep, **settings: Any) -> BranchReader:
-        assert self.objective is not None
-        return BranchReader(self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, **settings)
-
-    def move(self, move: Tensor) -> None:
-        assert self.frame is not None
-        self.frame.move(move)
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelCall:
-    """One call of the model by the sampler; ``predict(options, x)`` carries it out, with options and x that may differ from
-    its own."""
-
-    guider: Any
-    x: Tensor
-    timestep: Tensor
-    options: Options
-    predict: Callable[[Options, Tensor], Tensor]
-
-    def plain(self) -> Tensor:
-        """As the sampler asked for it."""
-        return self.predict(self.options, self.x)
-
-    def read(self, reader: BranchReader, branches: Sequence[int], x: Tensor | None = None) -> BranchReader:
-        """Some branches by themselves, read out by ``reader``; nothing is made of their predictions.
-
-        They run inside the guider's own prediction, where other nodes have set what they need; where one of them (a cache)
-        answers in the model's place, by themselves.
-        """
-        x = self.x if x is None else x
-        bare = {key: value for key, value in self.options.items() if key not in AFTER_BRANCHES}
-        options = reader.install(_without_readers(bare), self.guider, branches, only=True)
-        self.predict(options, x)
-        if not reader.called and self._asks(branches):
-            conds = [self.guider.conds.get("positive"), self.guider.conds.get("negative")]
-            comfy.samplers.calc_cond_batch(self.guider.inner_model, conds, x, self.timestep, options)
-        return reader
-
-    def _asks(self, branches: Sequence[int]) -> bool:
-        """Whether a prompt of these branches is active now."""
-        sigma = float(self.timestep.flatten()[0])
-        conds = [cond for branch in branches for cond in self.guider.conds.get(PROMPTS[branch]) or ()]
-        return any(
-            cond.get("timestep_start", math.inf) >= sigma and cond.get("timestep_end", 0.0) <= sigma for cond in conds
-        )
-
-    @property
-    def scale(self) -> Tensor:
-        """z / x, (B, 1, 1, 1)."""
-        return self.scale_at(self.timestep)
-
-    def scale_at(self, sigma: Tensor | float) -> Tensor:
-        """z / x at a noise level, (B, 1, 1, 1)."""
-        sigma = sigma if isinstance(sigma, Tensor) else torch.full_like(self.timestep, sigma)
-        return input_scale(self.guider.inner_model, sigma, self.x)
-
-    def noise_at(self, sigma: Tensor | float) -> Tensor:
-        """The noise's share of z at a noise level, (B, 1, 1, 1) in 0..1."""
-        return sigma * self.scale_at(sigma)
 
 
 def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
@@ -213,7 +97,7 @@ def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[Br
     """The prediction, and a reader that read its positive prompt on the way."""
 
     def predict(reader: BranchReader) -> Tensor:
-        if _without_readers(call.options) is not call.options:  # another guidance reads this call: each by itself
+        if without_readers(call.options) is not call.options:  # another guidance reads this call: each by itself
             call.read(reader, (CONDITIONAL,))
             return call.plain()
         denoised = call.predict(reader.install(call.options, call.guider, (CONDITIONAL,)), call.x)
@@ -323,19 +207,6 @@ def _reference(run: Run, planned: PlannedStep, branch: int, i: int, call: ModelC
             return None
         run.reference_steps[key] = found[branch]
     return run.reference_steps[key]
-
-
-def _without_readers(options: Options) -> Options:
-    """Options without the readers of another guidance; the same object if there are none."""
-    wrappers = options.get("transformer_options", {}).get("wrappers", {})
-    kinds = [kind for kind in (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH) if READER in wrappers.get(kind, {})]
-    if not kinds:
-        return options
-    options = comfy.model_patcher.create_model_options_clone(options)
-    for kind in kinds:
-        wrappers = options["transformer_options"]["wrappers"]
-        wrappers[kind] = {key: value for key, value in wrappers[kind].items() if key != READER}
-    return options
 
 
 def _held(run: Run, planned: PlannedStep, call: ModelCall) -> ModelCall:
