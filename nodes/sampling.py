@@ -89,8 +89,8 @@ class ApplyReadoutGuidance(io.ComfyNode):
             "Apply Readout Guidance",
             aliases=["readout guidance", "guided model", "pose control", "detailer", "tiled upscale", "ksampler advanced"],
             description="The model, guided by a Readout Target wherever it is sampled: any sampler node, guider, detailer or "
-            "tiled upscaler. Applied twice, the picture follows both. Where crops of a picture are sampled (detailers, tiled "
-            "upscalers), put Follow Crops on the positive prompt.",
+            "tiled upscaler. Applied twice, the picture follows both. Where crops of a picture are sampled, put Follow Crops "
+            "on the positive prompt.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that makes the picture; LoRAs and ControlNets work as usual."),
                 ReadoutTarget.Input("target", tooltip="What the picture should read like."),

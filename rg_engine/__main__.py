@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, train, evaluate, benchmark, convert, train-demo."""
+"""``python -m rg_engine``: demo, train, evaluate, benchmark, convert, packs, train-demo."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ def main(arguments: list[str] | None = None) -> int:
         make.add_argument(f"--{part}-steps", type=int, default=steps)
         make.add_argument(f"--{part}-batch", type=int, default=batch)
 
+    packs = commands.add_parser("packs", help="try guidance beside other packs' nodes; writes docs/packs.md and packs.json")
+    packs.add_argument("--packs", type=Path, default=None, help="the folder they are in; READOUT_GUIDANCE_PACKS unless told")
+    packs.add_argument("--only", nargs="+", default=[], metavar="NAME", help="only these; ComfyUI is its own nodes")
+    packs.add_argument("--out", type=Path, default=Path("docs/packs.md"))
+    packs.add_argument("--pictures", type=int, default=4, help="pictures for each figure")
+    packs.add_argument("--device", default="cpu", choices=["auto", "cpu"])
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "convert":
@@ -98,6 +105,11 @@ def main(arguments: list[str] | None = None) -> int:
             from .lab.evaluate import run_evaluation
 
             run_evaluation(options.out, options.pictures, options.tables)
+            return 0
+        if options.command == "packs":
+            from .lab.packs.run import run_packs
+
+            run_packs(options.packs, options.out, options.only, options.pictures)
             return 0
         if options.command == "demo":
             from .lab.demo_run import run_demo

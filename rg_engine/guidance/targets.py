@@ -216,7 +216,7 @@ def _window(value: Tensor, region: Region, channels_last: bool) -> Tensor:
     height, width = maps.shape[-2:]
     times = max(1, math.ceil(CROP_CELLS / max(1.0, min(region.width * width, region.height * height))))
     if times > 1:
-        maps = F.interpolate(maps.float(), scale_factor=times, mode="bilinear")
+        maps = F.interpolate(maps.float(), scale_factor=times, mode="nearest")
         height, width = height * times, width * times
     left, top = (round(a * b) for a, b in ((region.x, width), (region.y, height)))
     right, bottom = round((region.x + region.width) * width), round((region.y + region.height) * height)

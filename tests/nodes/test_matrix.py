@@ -213,7 +213,7 @@ def test_both_branches_of_a_guided_step_run_by_the_same_attention(small, monkeyp
         return kernel(q, *args, **kwargs)
 
     monkeypatch.setattr(branches, "attention_pytorch", counted)
-    small.sample(small.target(), latent_image={"samples": torch.zeros(1, 4, 24, 24)}, steps=2)
+    small.sample(small.target(), latent_image={"samples": torch.zeros(1, 4, 24, 24)}, steps=11)  # a move a guided step
     assert max(maps[True]) == 24 * 24
     assert maps[False] == maps[True]
 

@@ -33,7 +33,8 @@ class Frame:
         self._shape = tuple(shape)
         self._offset: Tensor | None = None  # x - y, (B, C, H, W)
         self._coming: Callable[[Tensor], Tensor] | None = None  # the next call's move, by its sigma
-        self._y: Tensor | None = None  # at the latest call
+        self._y: Tensor | None = None  # at the latest call, and its noise level
+        self._sigma: Tensor | None = None
         self._predictions: deque[Tensor] = deque(maxlen=REMEMBERED)
         self.apart = 0  # calls of another shape: the sampler cuts its latent up itself
 
@@ -55,7 +56,7 @@ class Frame:
             self.apart += 1
             return model(y, sigma, **kwargs)
         denoised = model(self._arrived(y, sigma), sigma, **kwargs)
-        self._y = y.clone()
+        self._y, self._sigma = y.clone(), sigma
         self._predictions.appendleft(denoised.clone())
         return denoised
 
@@ -64,24 +65,24 @@ class Frame:
         return y if sigma == 0 else self._arrived(y, y.new_full((len(y),), sigma))
 
     def _arrived(self, y: Tensor, sigma: Tensor) -> Tensor:
-        if self._offset is not None and self._y is not None:
-            self._offset = self._offset * share_of(self._y, self._predictions, y)
+        if self._offset is not None and self._y is not None and self._sigma is not None:
+            most = max(1.0, float((sigma / self._sigma).max()))  # a call may look ahead, and the next one come back
+            self._offset = self._offset * share_of(self._y, self._predictions, y).clamp(0.0, most).to(y)
         if self._coming is not None:
             self.move(self._coming(sigma).to(y))
             self._coming = None
         return self.of(y)
 
 
-def share_of(before: Tensor, predictions: Sequence[Tensor] | deque[Tensor], after: Tensor) -> float:
-    """How much of the latent ``before`` is in ``after``, 0..1, beside the predictions, the latest first."""
+def share_of(before: Tensor, predictions: Sequence[Tensor] | deque[Tensor], after: Tensor) -> Tensor:
+    """How many times the latent ``before`` is in ``after``, beside the predictions, the latest first."""
     device = before.device if before.device.type != "mps" else torch.device("cpu")  # which has no fp64
     x, *known, y = (each.to(device, torch.float64).flatten() for each in (before, *predictions, after))
     rows = torch.stack([x, *(a - b for a, b in itertools.pairwise(known)), known[-1]])  # differences: predictions are alike
     gram, target = (rows @ rows.T).cpu(), (rows @ y).cpu()
     size = gram.diagonal().clamp_min(1e-30).rsqrt()
     inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
-    share = float((inverse @ (target * size))[0] * size[0])
-    return min(max(share, 0.0), 1.0)
+    return (inverse @ (target * size))[0] * size[0]
 
 
 def framed(sampler: Any, frame: Callable[[], Frame | None], last_sigma: float) -> Any:

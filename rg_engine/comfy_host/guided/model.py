@@ -114,7 +114,8 @@ class ModelGuidance:
         plan = self._plan(guider, targets, sigmas)
         if not plan.steps:
             sampling = guider.model_patcher.get_model_object("model_sampling")
-            report_empty_plan(self.targets if targets else (), [float(s) for s in sigmas], sampling.percent_to_sigma)
+            asked = self.targets if targets else ()
+            report_empty_plan(asked, self.settings, [float(s) for s in sigmas], sampling.percent_to_sigma)
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
         before, run = self._run, Run(
             targets=targets, settings=self.settings, backbone=self.backbone, plan=plan, sampler=sampler, sigmas=[]

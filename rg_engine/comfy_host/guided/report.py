@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...guidance import Target
+from ...guidance import GuidanceSettings, Target
 from ...guidance.schedule import percent_of
 from .step import Run
 
 log = logging.getLogger("readout_guidance")
 #: A loss that has risen by more than so much is worth a word.
 RISEN = 1.05
+PERCENTS = [number / 100 for number in range(101)]
 
 
 def report_run(run: Run) -> None:
@@ -49,7 +50,9 @@ def report_run(run: Run) -> None:
     say(words, warnings)
 
 
-def report_empty_plan(targets: Sequence[Target], sigmas: list[float], percent_to_sigma: Callable[[float], Any]) -> None:
+def report_empty_plan(
+    targets: Sequence[Target], settings: GuidanceSettings, sigmas: list[float], percent_to_sigma: Callable[[float], Any]
+) -> None:
     """Of a run without a guided step."""
     if not targets:
         say("not guided", ["no target reaches into this crop, so it was made as without guidance"])
@@ -65,11 +68,15 @@ def report_empty_plan(targets: Sequence[Target], sigmas: list[float], percent_to
         why, cure = reach, f"raise end_percent above {first:.2f}, or denoise more"
     elif last <= start:
         why, cure = reach, f"lower start_percent below {last:.2f}"
-    elif not any(target.counts_at(percent / 100) for target in targets for percent in range(101)):
-        why, cure = "keyframes make every weight 0", "raise one of them"
+    elif not any(settings.strongest_at(at) and _counts(target, at) for target in targets for at in PERCENTS):
+        why, cure = f"keyframes hold it at 0 between {start:g} and {end:g} of the diffusion time", "raise one of them there"
     else:
         why, cure = f"no step lies between {start:g} and {end:g} of the diffusion time", "use more steps, or a wider range"
     say("not guided", [f"no step was guided, so the picture is the unguided one: {why}. To guide, {cure}"])
+
+
+def _counts(target: Target, percent: float) -> bool:
+    return target.start_percent <= percent <= target.end_percent and target.counts_at(percent)
 
 
 class Repetitions:

@@ -47,7 +47,10 @@ def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSetting
 def guided_model(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
     """A MODEL that is guided wherever it is sampled. Raises TargetError for drags of several frames."""
     if target is not None and target.drag_frames > 1:
-        raise TargetError("drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 here")
+        raise TargetError(
+            "drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 for a guider, or a guided "
+            "model"
+        )
     return guide(model, target, settings)
 
 

@@ -144,6 +144,10 @@ class ModelCall:
         sigma = sigma if isinstance(sigma, Tensor) else torch.full_like(self.timestep, sigma)
         return input_scale(self.guider.inner_model, sigma, self.x)
 
+    def noise_at(self, sigma: Tensor | float) -> Tensor:
+        """The noise's share of z at a noise level, (B, 1, 1, 1) in 0..1."""
+        return sigma * self.scale_at(sigma)
+
 
 def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """A step of the source: the plain prediction, its readouts kept."""
@@ -165,35 +169,44 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     The prediction is of x as it was, and x moves against the gradient where the sampler goes from here. (So the noise that
     the model saw in x is kept; of a flow model, the velocity.) Of several moves only the last one's pass predicts.
     """
+    call = _held(run, planned, call)
     for _ in range(planned.moves - 1):
         reader, _nothing = _read_guided(run, planned, (CONDITIONAL,), call)
         if not _noted(run, planned, reader, (CONDITIONAL,)):
             return call.plain()
-        moved = call.x + _move(run, planned, call, reader.gradient, planned.length / planned.moves)
-        run.move(moved - call.x)
-        call = dataclasses.replace(call, x=moved)
+        call = _moved(run, planned, call, reader.gradient, planned.length / planned.moves, planned.lands)
     reader, denoised = _predict_guided(run, planned, call)
     if not _noted(run, planned, reader, (CONDITIONAL,)):
         return denoised
     length: float | Tensor = planned.length / planned.moves
     if run.settings.mode == "norm_ratio":
         length = norm_ratio_length(call.x * call.scale, _next_z(run, planned, call, denoised), run.settings.strength)
-    move = _move(run, planned, call, reader.gradient, length)
-    if run.sigmas[planned.step + 1] == 0:  # no later step would take up the move: predict once more, from where x is now
-        run.move(move)
-        return call.predict(call.options, call.x + move)
-    assert run.frame is not None
+    if bool((call.noise_at(planned.lands) < torch.as_tensor(length, device=call.x.device)).any()):
+        # Too little noise is left there for the model to answer the move: predict once more, from where x is now.
+        return _moved(run, planned, call, reader.gradient, length, planned.sigma).plain()
+    move = _move(run, planned, call, reader.gradient, length, planned.lands)
     lands = call.scale_at(planned.lands)
+    assert run.frame is not None
     run.frame.move_next(lambda sigma: move * (lands / call.scale_at(sigma.flatten()[:1].expand(len(move)))))
     return denoised
 
 
-def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor) -> Tensor:
-    """The move of x against the gradient, so long in z where it lands."""
+def _moved(
+    run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float
+) -> ModelCall:
+    """The call from where x is after a move."""
+    moved = call.x + _move(run, planned, call, gradient, length, lands)
+    run.move(moved - call.x)
+    return dataclasses.replace(call, x=moved)
+
+
+def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float) -> Tensor:
+    """The move of x against the gradient, so long in z where it lands, though never longer than the noise there."""
     strengths = run.settings.strengths_at(planned.percent, len(call.x))
+    length = torch.minimum(torch.as_tensor(length, device=call.x.device), call.noise_at(lands))
     length = length if strengths is None else length * strengths.to(call.x.device)
-    move = rms_step(gradient, length) / call.scale_at(planned.lands)
-    return _kept_still(run, planned, call.x + _inside(move, run.denoise_mask).to(call.x.dtype)) - call.x
+    move = rms_step(gradient, length) / call.scale_at(lands)
+    return _inside(run, move).to(call.x.dtype)
 
 
 def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[BranchReader, Tensor]:
@@ -227,6 +240,7 @@ def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -
 
 def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """The paper's step: AdamW on z with the loss of both branches, then the plain prediction at the moved latent."""
+    call = _held(run, planned, call)
     x, scale, lands = call.x, call.scale, call.scale_at(planned.lands)
     strengths = run.settings.strengths_at(planned.percent, len(x))
     with torch.inference_mode(False):
@@ -240,7 +254,7 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
         with torch.inference_mode(False):
             move = (update.step(reader.gradient) - z) / lands.clone()
         move = move if strengths is None else move * strengths.to(x.device)
-        call = dataclasses.replace(call, x=_kept_still(run, planned, x + _inside(move, run.denoise_mask).to(x.dtype)))
+        call = dataclasses.replace(call, x=x + _inside(run, move).to(x.dtype))
     run.move(call.x - x)
     return call.plain()
 
@@ -324,15 +338,21 @@ def _without_readers(options: Options) -> Options:
     return options
 
 
-def _kept_still(run: Run, planned: PlannedStep, x: Tensor) -> Tensor:
-    """x with the source's latent where a drag's mask lets nothing move."""
+def _held(run: Run, planned: PlannedStep, call: ModelCall) -> ModelCall:
+    """The call with the source's latent where a drag's mask lets nothing move."""
     assert run.objective is not None
     movable, source = run.objective.movable, run.source.latents.get(planned.step)
     if movable is None or source is None:
-        return x
-    source = source.to(x)
-    return source + (x - source) * movable.to(x.dtype)
+        return call
+    source = source.to(call.x)
+    held = source + (call.x - source) * movable.to(call.x.dtype)
+    run.move(held - call.x)
+    return dataclasses.replace(call, x=held)
 
 
-def _inside(move: Tensor, denoise_mask: Tensor | None) -> Tensor:
-    return move if denoise_mask is None else move * denoise_mask.to(move.dtype)
+def _inside(run: Run, move: Tensor) -> Tensor:
+    """A move where there is one to be made: of what is denoised, and of what a drag's mask lets move."""
+    movable = None if run.objective is None else run.objective.movable
+    for mask in (run.denoise_mask, movable):
+        move = move if mask is None else move * mask.to(move.dtype)
+    return move
