@@ -20,7 +20,7 @@ from ..guidance import GuidanceSettings
 from ..guidance.pictures import as_image
 from .cost.timing import time_demo
 from .steering import PROMPTS
-from .workflow import Executor, Prompt, load_extension, read_workflow, with_inputs
+from .workflow import Executor, Prompt, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 
 CONTROLS = ("pose", "depth", "edges")
 SCENE_SEED = 2026
@@ -44,6 +44,7 @@ def run_demo(
     folder_paths.set_output_directory(str(out / "pictures"))
     folder_paths.set_temp_directory(str(out / "previews"))
     load_extension()
+    load_comfyui_nodes("nodes_latent.py")
     executor, estimator = Executor(), load_estimator()
     batches = [(start, min(BATCH, pictures - start)) for start in range(0, pictures, BATCH)]
     scenes = [scene for start, count in batches for scene in sample_scenes(SCENE_SEED + start, count, figure_only=True)]
@@ -115,11 +116,12 @@ def _make(
 
 
 def edit_row(executor: Executor, prompt: Prompt) -> Image.Image:
-    """What an edit's workflow starts from (the picture with its arrows, or the scenes), then what it saves, side by side."""
+    """What an edit's workflow starts from (the picture with its arrows, the scenes, or the pose that a model is guided by),
+    then what it saves, side by side."""
     prompt = copy.deepcopy(prompt)
     starts, output = _nodes(prompt, "RG_DragPoints"), 1
     if not starts:
-        starts, output = _nodes(prompt, "RG_DemoScene"), 0
+        starts, output = _nodes(prompt, "RG_DemoScene"), 1 if _nodes(prompt, "RG_ApplyReadoutGuidance") else 0
     views = []
     for key in starts:
         view = {"class_type": "PreviewImage", "inputs": {"images": [key, output]}}

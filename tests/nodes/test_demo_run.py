@@ -39,3 +39,12 @@ def test_an_edit_s_picture_shows_the_arrows_and_what_came_of_them(run):
     start, dragged = np.split(np.asarray(run("drag", "edit_row", "RG_ReadoutGuidedKSampler", steps=4)), 2, axis=1)
     assert start.shape == dragged.shape == (256, 256, 3)
     assert not np.array_equal(start, dragged)
+
+
+def test_a_guided_model_s_picture_shows_the_pose_and_what_each_strength_made_of_it(run):
+    engine("lab.workflow").load_comfyui_nodes("nodes_latent.py")
+    pose, *made = np.split(np.asarray(run("apply", "edit_row", "KSamplerAdvanced", steps=4)), 5, axis=1)
+    assert (pose.max(-1) < 30).mean() > 0.8  # bones on black
+    assert all(each[:20].mean() > 150 for each in made)  # the cream wall that was asked for
+    changes = [np.abs(each.astype(int) - made[0]).mean() for each in made[1:]]
+    assert min(changes) > 1  # levels of 255, from the picture that is not guided

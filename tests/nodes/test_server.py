@@ -30,8 +30,9 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["READOUT_TARGET"],
     ),
     "RG_DragPoints": (["points"], ["image", "frames"], ["DRAG_POINTS", "IMAGE"]),
-    "RG_ReadoutGuider": (["model", "positive", "negative", "cfg", "target", *GUIDANCE], [], ["GUIDER"]),
-    "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], [], ["LATENT"]),
+    "RG_ReadoutGuider": (["model", "positive", "negative", "cfg", "target", *GUIDANCE], ["keyframes"], ["GUIDER"]),
+    "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], ["keyframes"], ["LATENT"]),
+    "RG_ApplyReadoutGuidance": (["model", "target", *GUIDANCE], ["keyframes"], ["MODEL"]),
     "RG_ReadOut": (["model", "head", "latent", "noise_percent", "seed"], ["positive"], ["READOUT", "IMAGE"]),
     "RG_LoadDemoModel": ([], [], ["MODEL", "CLIP", "VAE"]),
     "RG_DemoScene": (
@@ -81,7 +82,7 @@ def workflow(server: Server) -> Any:
     def read(name: str) -> dict[str, Any]:
         page = json.loads((REPOSITORY / "example_workflows" / f"{name}.json").read_text(encoding="utf-8"))
         prompt = to_prompt(page, lambda node: nodes[node]["input"])
-        for class_type in ("RG_ReadoutGuidedKSampler", "RG_InvertLatent"):
+        for class_type in ("RG_ReadoutGuidedKSampler", "RG_InvertLatent", "KSamplerAdvanced"):
             if any(node["class_type"] == class_type for node in prompt.values()):
                 change(prompt, class_type, steps=4)
         return prompt
@@ -197,6 +198,17 @@ def test_an_example_workflow_of_an_edit_makes_pictures(server, workflow, name):
     change(prompt, "RG_ReadoutGuidedKSampler", strength=0.0)
     plain = pictures(server, server.run(prompt))[0]
     assert all(each.tobytes() != plain.tobytes() for each in guided), "guidance changed nothing"
+
+
+def test_the_example_workflow_of_a_guided_model_makes_a_picture_for_each_strength_from_one_noise(server, workflow):
+    prompt = workflow("apply")
+    guided = [each.tobytes() for each in pictures(server, server.run(prompt))]
+    change(prompt, "RG_ApplyReadoutGuidance", strength=0.0)
+    plain = [each.tobytes() for each in pictures(server, server.run(prompt))]
+    assert len(plain) == 4
+    assert len(set(plain)) == 1, "without guidance the pictures differ"
+    assert guided[0] == plain[0], "the picture of strength 0 is guided"
+    assert len(set(guided)) == 4, "a strength changed nothing"
 
 
 def test_the_training_workflow_trains_a_head_saves_it_and_steers_with_it(server, workflow):
