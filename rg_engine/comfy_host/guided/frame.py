@@ -4,10 +4,11 @@ A sampler may keep its latent to itself, call the model on copies, several times
 before. So nothing is written into its tensors, and its predictions are the model's own. The model sees x = y + offset, where
 y is the sampler's latent and the offset what y would have if the sampler had moved along: every sampler's next latent is
 
-    y' = a y + b_0 D + b_1 D_1 + ... + noise        D, D_1, ...: the latest predictions
+    y' = a y + a_1 y_1 + ... + b D + b_1 D_1 + ... + noise      of the latest latents y, y_1 and predictions D, D_1
 
-so an offset of y becomes one of a times as much. How much a is (sigma' / sigma in a deterministic step, less where noise is
-renewed) is seen from y' itself, by least squares: no sampler has to be known by name.
+so the offsets of those latents become a offset + a_1 offset_1 + ... (In a deterministic step it is sigma' / sigma times the
+latest one, less where noise is renewed.) How much of each is in it is seen from y' itself, by least squares: no sampler has
+to be known by name.
 """
 
 from __future__ import annotations
@@ -22,8 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Samplers remember at most so many predictions.
-REMEMBERED = 5
+#: Samplers remember at most so many predictions, and go back to at most so many latents.
+PREDICTIONS, LATENTS = 5, 3
+#: What is left of y' beside the latest latent, as a part of it, if it is a matter of rounding.
+ROUNDING = 1e-3
 
 
 class Frame:
@@ -33,9 +36,11 @@ class Frame:
         self._shape = tuple(shape)
         self._offset: Tensor | None = None  # x - y, (B, C, H, W)
         self._coming: Callable[[Tensor], Tensor] | None = None  # the next call's move, by its sigma
-        self._y: Tensor | None = None  # at the latest call, and its noise level
-        self._sigma: Tensor | None = None
-        self._predictions: deque[Tensor] = deque(maxlen=REMEMBERED)
+        self._latents: deque[tuple[Tensor, Tensor | None]] = deque(
+            maxlen=LATENTS
+        )  # y and its offset, the latest call's first
+        self._sigma: Tensor | None = None  # of the latest call
+        self._predictions: deque[Tensor] = deque(maxlen=PREDICTIONS)
         self.apart = 0  # calls of another shape: the sampler cuts its latent up itself
 
     def move(self, move: Tensor) -> None:
@@ -56,7 +61,8 @@ class Frame:
             self.apart += 1
             return model(y, sigma, **kwargs)
         denoised = model(self._arrived(y, sigma), sigma, **kwargs)
-        self._y, self._sigma = y.clone(), sigma
+        self._latents.appendleft((y.clone(), self._offset))
+        self._sigma = sigma
         self._predictions.appendleft(denoised.clone())
         return denoised
 
@@ -65,24 +71,39 @@ class Frame:
         return y if sigma == 0 else self._arrived(y, y.new_full((len(y),), sigma))
 
     def _arrived(self, y: Tensor, sigma: Tensor) -> Tensor:
-        if self._offset is not None and self._y is not None and self._sigma is not None:
+        if self._offset is not None and self._sigma is not None:
             most = max(1.0, float((sigma / self._sigma).max()))  # a call may look ahead, and the next one come back
-            self._offset = self._offset * share_of(self._y, self._predictions, y).clamp(0.0, most).to(y)
+            latents, offsets = zip(*self._latents, strict=True)
+            shares = shares_of(latents, self._predictions, y, most)
+            parts = [share * offset for share, offset in zip(shares, offsets, strict=False) if offset is not None]
+            self._offset = torch.stack(parts).sum(0) if parts else None
         if self._coming is not None:
             self.move(self._coming(sigma).to(y))
             self._coming = None
         return self.of(y)
 
 
-def share_of(before: Tensor, predictions: Sequence[Tensor] | deque[Tensor], after: Tensor) -> Tensor:
-    """How many times the latent ``before`` is in ``after``, beside the predictions, the latest first."""
-    device = before.device if before.device.type != "mps" else torch.device("cpu")  # which has no fp64
-    x, *known, y = (each.to(device, torch.float64).flatten() for each in (before, *predictions, after))
-    rows = torch.stack([x, *(a - b for a, b in itertools.pairwise(known)), known[-1]])  # differences: predictions are alike
-    gram, target = (rows @ rows.T).cpu(), (rows @ y).cpu()
-    size = gram.diagonal().clamp_min(1e-30).rsqrt()
-    inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
-    return (inverse @ (target * size))[0] * size[0]
+def shares_of(latents: Sequence[Tensor], predictions: Sequence[Tensor], after: Tensor, most: float) -> list[float]:
+    """How many times each of the latents, the latest first, is in ``after``, beside the predictions, the latest first.
+
+    The latest latent alone, at most ``most`` times, where it leaves nothing to explain; else it left noise behind, and what
+    the sampler made of earlier ones counts as well.
+    """
+    device = after.device if after.device.type != "mps" else torch.device("cpu")  # which has no fp64
+    known = [each.to(device, torch.float64).flatten() for each in predictions]
+    given = [*(a - b for a, b in itertools.pairwise(known)), known[-1]]  # differences: predictions are alike
+    wanted, found = after.to(device, torch.float64).flatten(), [0.0]
+    for count in (1, len(latents)):
+        rows = torch.stack([*(each.to(device, torch.float64).flatten() for each in latents[:count]), *given])
+        gram, target = (rows @ rows.T).cpu(), (rows @ wanted).cpu()
+        size = gram.diagonal().clamp_min(1e-30).rsqrt()
+        inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
+        shares = (inverse @ (target * size)) * size
+        found = [min(max(share, 0.0), most) for share in shares[:1].tolist()] if count == 1 else shares[:count].tolist()
+        left = wanted - shares.to(device) @ rows
+        if float(left.norm()) <= ROUNDING * float(wanted.norm()):
+            break
+    return found
 
 
 def framed(sampler: Any, frame: Callable[[], Frame | None], last_sigma: float) -> Any:
