@@ -56,6 +56,11 @@ class FeatureTap:
         self._handles.clear()
         self._found.clear()
 
+    @property
+    def heard(self) -> bool:
+        """Whether the network has run, as far as can be told."""
+        return bool(self._found)
+
     def take(self) -> tuple[list[Tensor], Tensor]:
         """Features in tap order and emb (without a graph) of the last forward pass."""
         missed = [path for path in (*self._backbone.taps, self._backbone.emb_tap) if path not in self._found]

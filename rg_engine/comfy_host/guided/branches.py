@@ -200,15 +200,16 @@ class BranchReader:
         scope = self._scope if self._scope is not None and self._scope.network is network else GradientScope(network)
         with scope, _beside_others(control, options, scope), FeatureTap(network, self._backbone) as tap:
             leaf = x.detach().clone().requires_grad_()
-            denoised = executor(
-                leaf,
-                plain(t),
-                plain(c_concat),
-                plain(c_crossattn),
-                plain(control),
-                {**options, "optimized_attention_override": ATTENTION[scope.graph]},
-                **plain(kwargs),
-            )
+            given = (plain(t), plain(c_concat), plain(c_crossattn), plain(control))
+            options = {**options, "optimized_attention_override": ATTENTION[scope.graph]}
+            try:
+                denoised = executor(leaf, *given, options, **plain(kwargs))
+            except RuntimeError:
+                if tap.heard or WrappersMP.DIFFUSION_MODEL not in options.get("wrappers", {}):
+                    raise
+            if not tap.heard:  # a cache answered in the network's place
+                wrappers = {**options.get("wrappers", {}), WrappersMP.DIFFUSION_MODEL: {}}
+                denoised = executor(leaf, *given, {**options, "wrappers": wrappers}, **plain(kwargs))
             features, emb = tap.take()
             z = self._x.clone() * _of_pictures(scale).clone()
             whole = Branch(features=features, emb=plain(emb), z=z, noise_level=plain(noise_level))
