@@ -1,5 +1,15 @@
 """The nodes: schemas and validation; the work is done one floor down."""
 
-from . import demo, heads, inversion, points, sampling, targets, training
+from . import crops, demo, heads, inversion, keyframes, points, sampling, targets, training
 
-NODES = (*heads.NODES, *targets.NODES, *points.NODES, *sampling.NODES, *inversion.NODES, *training.NODES, *demo.NODES)
+NODES = (
+    *heads.NODES,
+    *targets.NODES,
+    *points.NODES,
+    *sampling.NODES,
+    *inversion.NODES,
+    *training.NODES,
+    *demo.NODES,
+    *keyframes.NODES,
+    *crops.NODES,
+)

@@ -1,13 +1,13 @@
-"""Readout-Guided KSampler, Readout Guider."""
+"""Readout-Guided KSampler, Readout Guider, Apply Readout Guidance."""
 
 from __future__ import annotations
 
 import comfy.samplers
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.guided.sampling import guided_ksampler, readout_guider
+from ..rg_engine.comfy_host.guided.sampling import guided_ksampler, guided_model, readout_guider
 from ..rg_engine.guidance import GuidanceSettings
-from .schema import ReadoutTarget, mode_and_strength, schema
+from .schema import ReadoutTarget, mode_and_strength, schema, strength_keyframes
 
 
 class ReadoutGuidedKSampler(io.ComfyNode):
@@ -31,6 +31,7 @@ class ReadoutGuidedKSampler(io.ComfyNode):
                 io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
                 ReadoutTarget.Input("target", tooltip="What the picture should read like."),
                 *mode_and_strength(),
+                strength_keyframes(),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="The denoised latent.")],
         )
@@ -38,9 +39,11 @@ class ReadoutGuidedKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target,
-        strength, mode, iterations, source_cfg,
+        strength, mode, iterations, source_cfg, keyframes=None,
     ) -> io.NodeOutput:  # fmt: skip
-        settings = GuidanceSettings(strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg)
+        settings = GuidanceSettings(
+            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes
+        )
         latent = guided_ksampler(
             model, target, settings, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler,
             positive=positive, negative=negative, latent=latent_image, denoise=denoise,
@@ -63,16 +66,46 @@ class ReadoutGuider(io.ComfyNode):
                 io.Float.Input("cfg", default=8.0, min=0.0, max=100.0, step=0.1, round=0.01),
                 ReadoutTarget.Input("target", tooltip="What the picture should read like."),
                 *mode_and_strength(),
+                strength_keyframes(),
             ],
             outputs=[io.Guider.Output("GUIDER")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg
+        cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg, keyframes=None
     ) -> io.NodeOutput:  # fmt: skip
-        settings = GuidanceSettings(strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg)
+        settings = GuidanceSettings(
+            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes
+        )
         return io.NodeOutput(readout_guider(model, positive, negative, cfg, target, settings))
 
 
-NODES = (ReadoutGuidedKSampler, ReadoutGuider)
+class ApplyReadoutGuidance(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_ApplyReadoutGuidance",
+            "Apply Readout Guidance",
+            aliases=["readout guidance", "guided model", "pose control", "detailer", "tiled upscale", "ksampler advanced"],
+            description="The model, guided by a Readout Target wherever it is sampled: any sampler node, guider, detailer or "
+            "tiled upscaler. Applied twice, the picture follows both. Where crops of a picture are sampled (detailers, tiled "
+            "upscalers), put Follow Crops on the positive prompt.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model that makes the picture; LoRAs and ControlNets work as usual."),
+                ReadoutTarget.Input("target", tooltip="What the picture should read like."),
+                *mode_and_strength(),
+                strength_keyframes(),
+            ],
+            outputs=[io.Model.Output("MODEL", tooltip="The guided model; the one that was given stays as it is.")],
+        )
+
+    @classmethod
+    def execute(cls, model, target, strength, mode, iterations, source_cfg, keyframes=None) -> io.NodeOutput:
+        settings = GuidanceSettings(
+            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes
+        )
+        return io.NodeOutput(guided_model(model, target, settings))
+
+
+NODES = (ReadoutGuidedKSampler, ReadoutGuider, ApplyReadoutGuidance)

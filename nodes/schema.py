@@ -14,6 +14,7 @@ ReadoutTarget = io.Custom("READOUT_TARGET")
 DragPoints = io.Custom("DRAG_POINTS")
 Readout = io.Custom("READOUT")
 Tracks = io.Custom("TRACKS")
+ReadoutKeyframes = io.Custom("READOUT_KEYFRAMES")
 
 
 def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:
@@ -47,3 +48,10 @@ def mode_and_strength() -> list[Any]:
             tooltip="cfg of the source, the unguided picture that drag and appearance targets start from. -1: the same cfg.",
         ),
     ]  # fmt: skip
+
+
+def strength_keyframes() -> Any:
+    """Their last, optional input."""
+    return ReadoutKeyframes.Input(
+        "keyframes", optional=True, tooltip="Strength over the diffusion time, from Readout Keyframes; multiplies strength."
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.guidance import Target
-from .schema import DragPoints, Readout, ReadoutHead, ReadoutTarget, schema
+from .schema import DragPoints, Readout, ReadoutHead, ReadoutKeyframes, ReadoutTarget, schema
 
 
 class ReadoutTargetNode(io.ComfyNode):
@@ -51,6 +51,10 @@ class ReadoutTargetNode(io.ComfyNode):
                     tooltip="For an appearance head: what in reference_latent to keep, wherever it stands. mask is "
                     "then where it should be found.",
                 ),
+                ReadoutKeyframes.Input(
+                    "keyframes", optional=True,
+                    tooltip="Weight over the diffusion time, from Readout Keyframes; multiplies weight.",
+                ),
             ],
             outputs=[ReadoutTarget.Output("TARGET", display_name="READOUT_TARGET")],
         )  # fmt: skip
@@ -64,7 +68,7 @@ class ReadoutTargetNode(io.ComfyNode):
     @classmethod
     def execute(
         cls, head, weight, start_percent, end_percent, image=None, mask=None, drag_points=None, reference_latent=None,
-        previous=None, readout=None, reference_mask=None,
+        previous=None, readout=None, reference_mask=None, keyframes=None,
     ) -> io.NodeOutput:  # fmt: skip
         return io.NodeOutput(
             Target(
@@ -81,6 +85,7 @@ class ReadoutTargetNode(io.ComfyNode):
                 readout=readout,
                 reference_mask=reference_mask,
                 previous=previous,
+                keyframes=keyframes,
             )
         )
 

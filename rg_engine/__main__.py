@@ -87,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
             train_from_files(config)
             return 0
         if options.command == "train-demo":
-            from .demo.train import PARTS, make_pictures
+            from .lab.demo_parts import PARTS, make_pictures
 
             parts = options.parts or list(PARTS)
             if "pictures" in parts:  # before ComfyUI is there: its processes need nothing of it

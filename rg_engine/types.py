@@ -50,3 +50,33 @@ class Drag:
                     f"drag point ({x:g}, {y:g}) lies outside the picture: x and y are fractions of its width and "
                     "height and must be between 0 and 1"
                 )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Region:
+    """A rectangle of a picture, as fractions of its width and height: its left upper corner (x, y), width and height.
+
+    Raises TargetError unless it is a rectangle inside the picture.
+    """
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+    def __post_init__(self) -> None:
+        for start, size in ((self.x, self.width), (self.y, self.height)):
+            if not (0.0 <= start < 1.0 and 0.0 < size <= 1.0 and start + size <= 1.0 + 1e-9):
+                raise TargetError(
+                    f"region ({self.x:g}, {self.y:g}) of {self.width:g} x {self.height:g} lies outside the picture: x, y, "
+                    "width and height are fractions of the picture, between 0 and 1, and so are x + width and y + height"
+                )
+
+    @classmethod
+    def whole(cls) -> Region:
+        """The whole picture."""
+        return cls(x=0.0, y=0.0, width=1.0, height=1.0)
+
+    @property
+    def is_whole(self) -> bool:
+        return self == Region.whole()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comfyui_host import engine
 
 PARITY = Path(__file__).parent / "parity" / "data"
 
@@ -39,20 +40,8 @@ def sdxl_model(seed: int = 0) -> Any:
         unet_extra_config = {"num_heads": 4, "num_head_channels": -1}
 
     model = SmallSDXL(config).get_model({}, "")
-    randomise(model.diffusion_model, seed)
+    engine("lab.cost.models").randomise(model.diffusion_model, seed=seed, scale=1.2)
     return patcher(model)
-
-
-def randomise(module: torch.nn.Module, seed: int) -> None:
-    """Weights of a sensible size for ComfyUI's uninitialised layers."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, p in module.named_parameters():
-        p.requires_grad_(False)
-        if p.ndim > 1:
-            fan = p[0].numel()
-            p.copy_(torch.randn(p.shape, generator=generator) * (1.2 / fan**0.5))
-        else:
-            p.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
 def patcher(model: Any) -> Any:

@@ -3,7 +3,7 @@
  * otherwise what came in at the node's last run. Pictures are only ever named here, so none gets into a workflow.
  */
 
-import { comesFromOutside, hostOf, linkOf } from "./subgraph.js";
+import { comesFromOutside, hostOf, linkInto, linkOf } from "./subgraph.js";
 
 const MOST_HOPS = 100;
 
@@ -12,29 +12,27 @@ const MOST_HOPS = 100;
  * that shows the node's widget, if one does.
  */
 export function pictureOf(node, nodeOutputs, host = null) {
-  const link = node.inputs?.find((input) => input.name === "image")?.link;
-  if (link == null) return { source: null, missing: "Connect a picture, or draw on the empty ground" };
+  const link = linkInto(node, node.inputs?.findIndex((input) => input.name === "image"));
+  if (!link) return { source: null, missing: "Connect a picture, or draw on the empty ground" };
   const source = fileOf(originOf(node.graph, link, host)) ?? lastRun(node, nodeOutputs);
   return { source, missing: "The connected picture shows here after a run" };
 }
 
 /** The node that a link's value comes from, through reroutes and into or out of subgraphs. */
-function originOf(graph, linkId, host) {
-  for (let hop = 0; hop < MOST_HOPS && graph && linkId != null; hop++) {
-    const link = linkOf(graph, linkId);
-    if (!link) return null;
+function originOf(graph, link, host) {
+  for (let hop = 0; hop < MOST_HOPS && graph && link; hop++) {
     if (comesFromOutside(link)) {
       const outer = hostOf(graph, host);
-      linkId = outer?.inputs[link.origin_slot]?.link;
+      link = linkInto(outer, link.origin_slot);
       graph = outer?.graph;
       continue;
     }
     const origin = graph.getNodeById(link.origin_id);
     if (origin?.subgraph) {
       graph = origin.subgraph;
-      linkId = graph.outputs?.[link.origin_slot]?.linkIds?.[0];
+      link = linkOf(graph, graph.outputs?.[link.origin_slot]?.linkIds?.[0]);
     } else if (origin?.type === "Reroute") {
-      linkId = origin.inputs?.[0]?.link;
+      link = linkInto(origin, 0);
     } else {
       return origin;
     }

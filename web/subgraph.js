@@ -6,6 +6,15 @@ export function linkOf(graph, id) {
   return graph.getLink?.(id) ?? graph.links?.get?.(id) ?? graph.links?.[id];
 }
 
+/**
+ * The link into an input of a node, by the input's place, if there is one. Looked for among the graph's links: newer pages
+ * warn of an input's own `link`, and a subgraph's node answers getInputLink for its outputs.
+ */
+export function linkInto(node, place) {
+  const links = [...(node?.graph?.links.values() ?? [])];
+  return links.find((link) => String(link.target_id) === String(node.id) && link.target_slot === place);
+}
+
 export function comesFromOutside(link) {
   return Number(link.origin_id) === FROM_OUTSIDE;
 }
@@ -27,10 +36,9 @@ export function nodeShowing(node, shown) {
 
 /** Whether the value of a node's widget comes over a link, so that it can't be edited. */
 export function comesOverLink(node, name, element) {
-  const id = node.inputs?.find((input) => input.widget?.name === name)?.link;
-  if (id == null) return false;
-  const link = linkOf(node.graph, id);
-  if (!link || !comesFromOutside(link)) return true;
+  const link = linkInto(node, node.inputs?.findIndex((input) => input.widget?.name === name));
+  if (!link) return false;
+  if (!comesFromOutside(link)) return true;
   // It is an input of the subgraph's node. Older pages show the widget's own element there: then it is edited there.
   const host = hostOf(node.graph);
   const promoted = host?.widgets?.some((widget) => widget.element === element);

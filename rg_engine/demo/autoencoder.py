@@ -62,11 +62,12 @@ class Autoencoder(nn.Module):
         self.std.copy_(z.std((0, 2, 3), keepdim=True))
 
 
-def loss(model: Autoencoder, pictures: Tensor, noise: float = 0.1) -> Tensor:
-    """Reconstruction from slightly noisy latents: L1 on colours and on their differences between neighbours (edges)."""
+def loss(model: Autoencoder, pictures: Tensor, noise: Tensor) -> Tensor:
+    """Reconstruction of pictures (B, 3, H, W) in -1..1 from slightly noisy latents, noise (B, 8, H/8, W/8): L1 on colours
+    and on their differences between neighbours (edges)."""
     z = model.encoder(pictures)
     drift = z.mean((0, 2, 3)).square().mean() + (z.std((0, 2, 3)) - 1).square().mean()
-    rebuilt = model.decoder(z + noise * torch.randn_like(z)).float()
+    rebuilt = model.decoder(z + noise).float()
     error = rebuilt - pictures
     edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
     return error.abs().mean() + edges + 0.01 * drift

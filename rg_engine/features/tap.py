@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from types import TracebackType
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -12,7 +14,8 @@ from .backbones import Backbone
 
 
 class FeatureTap:
-    """Context manager: forward hooks on a backbone's taps, gone on exit whatever happened.
+    """Context manager: forward hooks on a backbone's taps, gone on exit whatever happened. A network that was compiled
+    (torch.compile) runs as it was written meanwhile: what is compiled calls no hooks, and keeps no graph.
 
     After a forward pass :meth:`take` gives its features and emb and forgets them::
 
@@ -26,6 +29,7 @@ class FeatureTap:
         self._backbone = backbone
         self._handles: list[RemovableHandle] = []
         self._found: dict[str, Tensor] = {}
+        self._uncompiled = contextlib.ExitStack()
 
     def __enter__(self) -> FeatureTap:
         self.attach()
@@ -36,6 +40,8 @@ class FeatureTap:
 
     def attach(self) -> None:
         try:
+            if hasattr(torch.compiler, "set_stance"):  # torch 2.6
+                self._uncompiled.enter_context(torch.compiler.set_stance("force_eager"))
             for path in (*self._backbone.taps, self._backbone.emb_tap):
                 module = self._network.get_submodule(path)
                 self._handles.append(module.register_forward_hook(self._catch(path)))
@@ -44,6 +50,7 @@ class FeatureTap:
             raise
 
     def detach(self) -> None:
+        self._uncompiled.close()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from ..errors import TargetError
 from ..heads import ReadoutHead
 from ..losses import appearance_loss, correspondence_loss, identity_loss, sketch_loss, spatial_loss
-from ..losses.correspondence import gather
+from ..losses.correspondence import Window, gather
+from .parts import Part
 from .targets import Target
 
 
@@ -28,13 +30,15 @@ class SourceStep:
 class Branch:
     """What one branch (conditional or unconditional) of one step gave.
 
-    features: tapped maps; emb (B, E); z (B, C, H, W), the network's input latent, without a graph; noise_level (B,).
+    features: tapped maps; emb (B, E); z (B, C, H, W), the network's input latent, without a graph; noise_level (B,);
+    percent, its place in the diffusion time, where targets have keyframes.
     """
 
     features: list[Tensor]
     emb: Tensor
     z: Tensor
     noise_level: Tensor | None = None  # per-pixel heads need it
+    percent: float = 0.0
 
 
 class Objective:
@@ -55,7 +59,32 @@ class Objective:
         self._regions = [target.region(size, batch, device) for target in targets]
         self._reference_regions = [target.region(size, batch, device, "reference_mask") for target in targets]
         self._drags = [_points(target, size, device) for target in targets]
+        self._batch = batch
+        self._part = Part()
+        self._window: Window | None = None
+        self._shares: list[Tensor | float] = [1.0] * len(self.targets)
         self._check_drags()
+
+    def part(self, part: Part) -> Objective:
+        """The objective of a part of the pictures; its loss is that part's share of theirs."""
+        if part.whole:
+            return self
+        other = copy.copy(self)
+        for name in ("_controls", "_regions"):
+            setattr(other, name, [None if maps is None else part.of(maps) for maps in getattr(self, name)])
+        other._reference_regions = [m if m is None else part.of_pictures(m) for m in self._reference_regions]
+        height, width = self.size
+        if part.down is not None and part.across is not None:
+            other.size = (len(part.down), len(part.across))
+            corner = (float(part.across[0]) / width, float(part.down[0]) / height)
+            other._window = (*corner, other.size[1] / width, other.size[0] / height)
+        other._part = part
+        cells = other.size[0] * other.size[1] / (height * width)
+        other._shares = [
+            1.0 if drags is not None else cells if whole is None else _mass(part.of(whole)) / _mass(part.of_pictures(whole))
+            for whole, drags in zip(self._regions, self._drags, strict=True)
+        ]
+        return other
 
     def _check_drags(self) -> None:
         """An arrow that starts where its mask lets nothing move contradicts it."""
@@ -104,13 +133,16 @@ class Objective:
         """
         low, high = _extremes(branch.z)
         if source is not None:
-            low, high = torch.minimum(low, source.z_min), torch.maximum(high, source.z_max)
+            low = torch.minimum(low, self._part.of_pictures(source.z_min))
+            high = torch.maximum(high, self._part.of_pictures(source.z_max))
         z_extent = high - low
         readouts = self._read(branch, active, light)
         total = torch.zeros_like(z_extent)
         for i in active:
-            target, readout = self.targets[i], readouts[i].float()
-            total = total + target.weight * self._one_loss(i, readout, source, z_extent)
+            weight = self.targets[i].weight_at(branch.percent, self._batch)
+            if isinstance(weight, Tensor):
+                weight = self._part.of_pictures(weight.to(z_extent.device))
+            total = total + weight * self._shares[i] * self._one_loss(i, readouts[i].float(), source, z_extent)
         return total, readouts
 
     def _one_loss(self, i: int, readout: Tensor, source: SourceStep | None, z_extent: Tensor) -> Tensor:
@@ -126,15 +158,17 @@ class Objective:
                 return sketch_loss(readout, control, mask=mask)
             case "appearance":
                 assert source is not None
-                reference, where = source.readouts[i].float(), self._reference_regions[i]
+                reference, where = self._part.of_pictures(source.readouts[i]).float(), self._reference_regions[i]
                 if where is not None:
                     return identity_loss(readout, reference, reference_mask=where, z_extent=z_extent, mask=mask)
-                return appearance_loss(readout, reference, z_extent=z_extent, mask=mask)
+                return appearance_loss(readout, self._part.of_cells(reference), z_extent=z_extent, mask=mask)
             case "correspondence":
                 assert source is not None
                 starts, ends = self._drags[i]  # type: ignore[misc]
-                reference = source.readouts[i].float()
-                return correspondence_loss(readout, reference, starts=starts, ends=ends, truncate=self._truncate)
+                reference = self._part.of_pictures(source.readouts[i]).float()
+                return correspondence_loss(
+                    readout, reference, starts=starts, ends=ends, truncate=self._truncate, window=self._window
+                )
 
     def by_head(self, active: Sequence[int]) -> list[tuple[int, ...]]:
         """Targets in groups of one head."""
@@ -156,6 +190,11 @@ class Objective:
 def _extremes(z: Tensor) -> tuple[Tensor, Tensor]:
     flat = z.detach().float().flatten(1)
     return flat.amin(1), flat.amax(1)
+
+
+def _mass(mask: Tensor) -> Tensor:
+    """The sum of a mask (B, 1, H, W), (B,)."""
+    return mask.flatten(1).sum(1).clamp_min(1e-6)
 
 
 def _points(target: Target, size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor] | None:

@@ -6,12 +6,16 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
+from torch import Tensor
+
 from ..errors import TargetError
 from ..types import MODES, Mode
+from .keyframes import Keyframes
 
 #: Fast mode's path length (RMS, in z) per unit of diffusion time at strength 1. The paper's 50 sign steps of 0.02 over
-#: the first half of the time make a path of 1.
-PATH_PER_TIME = 2.0
+#: the first half of the time make a path of 1 where they are made and, since z's scale changes from step to step, of 1.25
+#: where each tenth of the time ends: a move of fast mode stands for such a tenth and is measured where it is taken.
+PATH_PER_TIME = 2.5
 #: Fast mode guides at most once in so much of the diffusion time: few long moves steer as well as many short ones.
 FAST_INTERVAL = 0.1
 #: With drags, more often: what is dragged has to be found again after each move.
@@ -20,6 +24,8 @@ DRAG_INTERVAL = 0.02
 LOOK_INTERVAL = 0.05
 #: Fast mode leaves out a step that stands for less of the diffusion time: one on the very end of its range.
 MIN_TIME = 1e-4
+#: The noise level that Stable Diffusion's own schedule begins at, and the paper's runs with it.
+PAPER_SIGMA = 14.6147
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,6 +34,7 @@ class GuidanceSettings:
 
     strength 1.0 is the paper's amount in both modes. iterations counts the moves of each interval of the diffusion time
     (0..1) in fast mode, and the updates of a step in reference mode. source_cfg below 0 is the guided run's own cfg.
+    keyframes multiply strength over the diffusion time, for each picture.
     """
 
     strength: float = 1.0
@@ -35,6 +42,7 @@ class GuidanceSettings:
     iterations: int = 1
     source_cfg: float = -1.0
     interval: float = FAST_INTERVAL
+    keyframes: Keyframes | None = None
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength) or self.strength < 0:
@@ -46,15 +54,30 @@ class GuidanceSettings:
         if not 0 <= self.interval <= 1:
             raise TargetError(f"interval is {self.interval}: it is a part of the diffusion time, 0..1")
 
+    def strengths_at(self, percent: float, batch: int) -> Tensor | None:
+        """What keyframes multiply the strength with then, (B, 1, 1, 1); None without any."""
+        return None if self.keyframes is None else self.keyframes.at(percent, batch).view(-1, 1, 1, 1)
+
+    def strongest_at(self, percent: float) -> float:
+        """The largest multiplier then."""
+        return 1.0 if self.keyframes is None else self.keyframes.most(percent)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlannedStep:
-    """One guided step: the sampler's step, its sigma, which targets guide in it, and the length of the move (RMS, in z)."""
+    """One guided step.
+
+    step, sigma, percent: the sampler's step, its noise level and its place in the diffusion time; active: which targets
+    guide in it; length: of its move (RMS, in z), made in so many moves; lands: the noise level at which it is that long.
+    """
 
     step: int
     sigma: float
+    percent: float
     active: tuple[int, ...]
     length: float
+    lands: float
+    moves: int = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,32 +95,35 @@ def make_plan(
     sigmas: Sequence[float],
     settings: GuidanceSettings,
     percent_to_sigma: Callable[[float], float],
+    counts: Callable[[int, float], bool] = lambda i, percent: True,
+    closest: float = 1.0,
 ) -> Plan:
     """Choose the guided steps.
 
-    A target guides in the steps whose sigma lies in its range, both ends included, as on ControlNet. In fast mode a step
-    is skipped until ``interval / iterations`` of the diffusion time has passed since the last guided one; each guided step
-    stands for the time until the next (or until its targets end), the first one of a range also for the time since the
-    range began, and its move is in proportion.
+    A target guides in the steps whose sigma lies in its range, both ends included, as on ControlNet. Fast mode makes a move
+    every ``interval / iterations`` of the diffusion time, at the nearest step; where steps are longer than that, several in
+    one. So about as many moves are made at any number of steps. Each guided step stands for the time until the next (or
+    until its targets end), the first one of a range also for the time since the range began, and its move is in proportion.
 
     Args: ranges, each target's start and end percent; sigmas (steps + 1), descending, of the sampler; percent_to_sigma of
-    the model.
+    the model; counts(i, percent), whether target i counts then at all; closest, a shorter interval to choose steps at.
     """
     if settings.strength == 0:
         return Plan(steps=())
-    interval = settings.interval / settings.iterations
+    part = settings.interval / settings.iterations if settings.mode == "fast" else 0.0
+    often = min(part, closest / settings.iterations)
     limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
-    chosen: list[tuple[int, float, tuple[int, ...]]] = []
-    last = -math.inf
+    began = percent_of(sigmas[0], percent_to_sigma)
+    origin = max(began, min((start for start, _ in ranges), default=0.0))
+    found: list[tuple[int, float, tuple[int, ...]]] = []  # steps in which anything guides
     for step, sigma in enumerate(sigmas[:-1]):
-        active = tuple(i for i, (start, end) in enumerate(limits) if end <= sigma <= start)
         percent = percent_of(sigma, percent_to_sigma)
-        if not active or (settings.mode == "fast" and percent - last < interval * 0.999):
-            continue
-        chosen.append((step, percent, active))
-        last = percent
+        active = tuple(i for i, (start, end) in enumerate(limits) if end <= sigma <= start and counts(i, percent))
+        if active and settings.strongest_at(percent):
+            found.append((step, percent, active))
+    chosen = _every(often, found, origin) if often else found
     planned = []
-    guided_until = percent_of(sigmas[0], percent_to_sigma)
+    guided_until = began
     for k, (step, percent, active) in enumerate(chosen):
         end = max(ranges[i][1] for i in active)
         if k + 1 < len(chosen):
@@ -108,8 +134,34 @@ def make_plan(
         length = settings.strength * PATH_PER_TIME * max(end - min(since, percent), 0.0)
         if settings.mode == "fast" and end - since < MIN_TIME:
             continue
-        planned.append(PlannedStep(step=step, sigma=float(sigmas[step]), active=active, length=length))
+        sigma, lands = float(sigmas[step]), landing(settings.mode, float(sigmas[step]), float(sigmas[step + 1]))
+        moves = max(1, math.ceil((end - min(since, percent)) / part - 0.3)) if part else 1
+        planned.append(
+            PlannedStep(step=step, sigma=sigma, percent=percent, active=active, length=length, lands=lands, moves=moves)
+        )
     return Plan(steps=tuple(planned))
+
+
+def _every(part: float, steps: list[tuple[int, float, tuple[int, ...]]], origin: float) -> list[tuple[int, float, tuple]]:
+    """Of (step, percent, targets), those nearest to every ``part`` of the time from origin, and each target's first."""
+    picked = {next(k for k, each in enumerate(steps) if i in each[2]) for _, _, active in steps for i in active}
+    percents = [percent for _, percent, _ in steps]
+    time = origin
+    while percents and time < percents[-1] + part / 2:
+        picked.add(min(range(len(steps)), key=lambda k: abs(percents[k] - time)))
+        time += part
+    return [steps[k] for k in sorted(picked)]
+
+
+def landing(mode: Mode, sigma: float, next_sigma: float) -> float:
+    """The noise level at which the length of a move is measured in z.
+
+    A move of x survives a sampler's step as it is, while z = x * input_scale(sigma) is another measure at each noise level:
+    from 4518 to 38, the first step of a zero-terminal-SNR schedule, a move grows 118 times in it. So a move is measured
+    where the sampler takes it. Reference mode is measured where the paper's code does, at the step itself, as far as that
+    code's noise levels go.
+    """
+    return min(sigma, max(next_sigma, PAPER_SIGMA)) if mode == "reference" else next_sigma
 
 
 def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:

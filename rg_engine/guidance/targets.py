@@ -12,7 +12,11 @@ from torch.nn import functional as F
 
 from ..errors import TargetError
 from ..heads import ReadoutHead
-from ..types import Drag
+from ..types import Drag, Region
+from .keyframes import Keyframes
+
+#: A crop of a control is taken of at least so many cells.
+CROP_CELLS = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -25,8 +29,8 @@ class Target:
     where the loss counts; of a correspondence target, what may move. drags: of a correspondence target; frames: in so
     many steps; drag_aspect: width / height of the picture that they were drawn on, if it may differ from the latent's.
     reference_latent: (B or 1, C, h, w), of an appearance target; of an lgp target, the encoded sketch. reference_mask:
-    (B or 1, H, W), what counts of an appearance target's reference. Values of pictures outside 0..1 are clamped. Raises
-    TargetError for anything missing or malformed.
+    (B or 1, H, W), what counts of an appearance target's reference. keyframes: of the weight over the diffusion time, which
+    multiply it. Values of pictures outside 0..1 are clamped. Raises TargetError for anything missing or malformed.
     """
 
     head: ReadoutHead
@@ -42,6 +46,7 @@ class Target:
     frames: int = 1
     drag_aspect: float | None = None
     previous: Target | None = None
+    keyframes: Keyframes | None = None
 
     def __post_init__(self) -> None:
         kind, name = self.head.spec.kind, self.head.name
@@ -118,14 +123,23 @@ class Target:
         """Whether its loss compares with the readouts of its reference_latent."""
         return self.head.spec.kind == "appearance" and self.reference_latent is not None
 
+    def weight_at(self, percent: float, batch: int) -> Tensor | float:
+        """Its share of the loss at a part of the diffusion time; with keyframes, that of each picture, (B,) float32."""
+        return self.weight if self.keyframes is None else self.weight * self.keyframes.at(percent, batch)
+
     def check_batch(self, batch: int) -> None:
-        """Raises TargetError unless every picture given is one or one for each of ``batch`` latents."""
+        """Raises TargetError unless every picture and every keyframe given is one or one for each of ``batch`` latents."""
         for what, tensor in _batched(self):
             if tensor is not None and tensor.shape[0] not in (1, batch):
                 raise TargetError(
                     f"{what} of the target with head {self.head.name!r} is a batch of {tensor.shape[0]} but {batch} "
                     f"{'picture is' if batch == 1 else 'pictures are'} being made: give one, or one for each"
                 )
+        if self.keyframes is not None:
+            try:
+                self.keyframes.check_batch(batch)
+            except TargetError as error:
+                raise TargetError(f"keyframes of the target with head {self.head.name!r}: {error}") from error
 
     def control(self, size: tuple[int, int], batch: int, device: torch.device) -> Tensor | None:
         """What a spatial, keypoint or lgp readout should be, (B, D, H, W) in the head's own range at latent size, else
@@ -157,6 +171,28 @@ class Target:
         previous = self.previous and dataclasses.replace(self.previous, frames=self.drag_frames).at_frame(number)
         return dataclasses.replace(self, drags=drags, frames=1, previous=previous)
 
+    def counts_at(self, percent: float) -> bool:
+        """Whether it has any weight at this place of the diffusion time."""
+        return self.weight > 0 and (self.keyframes is None or self.keyframes.most(percent) > 0)
+
+    def cropped(self, region: Region) -> Target | None:
+        """The target, without those before it, for a crop of the picture that is sampled by itself: its pictures and masks
+        cropped likewise, its drags those that stay inside. None if nothing is left of it.
+
+        What an identity target keeps (reference_mask) is of another picture, and stays whole.
+        """
+        places: dict[str, Tensor | None] = {}
+        for name in ("image", "mask", "readout", "reference_latent"):
+            value = getattr(self, name)
+            if value is None or (name == "reference_latent" and self.reference_mask is not None):
+                continue
+            places[name] = _window(value, region, channels_last=name == "image")
+        drags = self.drags and tuple(moved for drag in self.drags if (moved := _inside(drag, region)) is not None)
+        mask = places.get("mask")
+        if (self.drags and not drags) or (mask is not None and not bool(mask.max() > 0)):
+            return None
+        return dataclasses.replace(self, **places, drags=drags, drag_aspect=None, previous=None)  # type: ignore[arg-type]
+
     def region(
         self, size: tuple[int, int], batch: int, device: torch.device, which: Literal["mask", "reference_mask"] = "mask"
     ) -> Tensor | None:
@@ -171,6 +207,27 @@ class Target:
                 f"picture that is made has the aspect {size[1]}:{size[0]}: paint it nearer to the centre"
             )
         return region.expand(batch, -1, -1, -1)
+
+
+def _window(value: Tensor, region: Region, channels_last: bool) -> Tensor:
+    """A window of pictures (B, H, W, C), masks (B, H, W) or maps (B, C, H, W); small ones are enlarged first, so that its
+    edges fall where they should."""
+    maps = value.movedim(-1, 1) if channels_last else value[:, None] if value.ndim == 3 else value
+    height, width = maps.shape[-2:]
+    times = max(1, math.ceil(CROP_CELLS / max(1.0, min(region.width * width, region.height * height))))
+    if times > 1:
+        maps = F.interpolate(maps.float(), scale_factor=times, mode="nearest")
+        height, width = height * times, width * times
+    left, top = (round(a * b) for a, b in ((region.x, width), (region.y, height)))
+    right, bottom = round((region.x + region.width) * width), round((region.y + region.height) * height)
+    maps = maps[..., max(top, 0) : max(bottom, top + 1), max(left, 0) : max(right, left + 1)]
+    return maps.movedim(1, -1) if channels_last else maps[:, 0] if value.ndim == 3 else maps
+
+
+def _inside(drag: Drag, region: Region) -> Drag | None:
+    """A drag as fractions of a window; None if it leaves it."""
+    ends = [((x - region.x) / region.width, (y - region.y) / region.height) for x, y in (drag.start, drag.end)]
+    return Drag(*ends) if all(0 <= x <= 1 and 0 <= y <= 1 for x, y in ends) else None
 
 
 def _part_of(drag: Drag, share: float) -> Drag:

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file
 
 from ..comfy_host.demo_model import Denoiser
-from ..demo import AUTOENCODER, DENOISER, ESTIMATOR, train
+from ..demo import AUTOENCODER, DENOISER, ESTIMATOR
 from ..demo.autoencoder import Autoencoder
+from . import demo_parts
 from .demo_heads import train_demo_heads
 
 
@@ -19,19 +20,19 @@ def train_demo(parts: list[str], work: Path, options: Any) -> None:
     """Make the files of ``parts`` but the pictures, in order; ``work`` holds data and checkpoints, ``options`` are the
     command's."""
     data, device = work / "data", options.device
-    for part in [p for p in train.PARTS[1:] if p in parts]:
+    for part in [p for p in demo_parts.PARTS[1:] if p in parts]:
         print(f"{part} ...", flush=True)
         if part == "autoencoder":
-            train.train_autoencoder(
+            demo_parts.train_autoencoder(
                 data, work / AUTOENCODER.name, options.autoencoder_steps, options.autoencoder_batch, device
             )
             shutil.copy(work / AUTOENCODER.name, AUTOENCODER)
         elif part == "latents":
-            train.encode_pictures(data, _autoencoder(device), device)
+            demo_parts.encode_pictures(data, _autoencoder(device), device)
         elif part == "denoiser":
             torch.manual_seed(0)
             model = Denoiser().to(device)
-            train.train_denoiser(
+            demo_parts.train_denoiser(
                 model,
                 model.predict,
                 data,
@@ -43,7 +44,7 @@ def train_demo(parts: list[str], work: Path, options: Any) -> None:
             shutil.copy(work / DENOISER.name, DENOISER)
         elif part == "estimator":
             torch.manual_seed(0)
-            train.train_estimator(
+            demo_parts.train_estimator(
                 data, _autoencoder(device), work / ESTIMATOR.name, options.estimator_steps, options.estimator_batch, device
             )
             shutil.copy(work / ESTIMATOR.name, ESTIMATOR)

@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+Window = tuple[float, float, float, float]  # left, top, width, height, as fractions of the picture
 
-def correspondence_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False) -> Tensor:
+
+def correspondence_loss(
+    readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False, window: Window | None = None
+) -> Tensor:
     """-0.5 mean S[source at start, readout at end] + 0.5 mean S[source at start, readout at start], S = (cos + 1)/2.
 
     The second term is the paper's anti-ghosting term: what moved should be gone from where it was. Anchors (drags without
@@ -18,14 +22,27 @@ def correspondence_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends
         readout, source: (B, D, H, W).
         starts, ends: (N, 2) of (x, y), fractions of the picture.
         truncate: take the cell that holds the point, as the paper's code does; otherwise interpolate between cells.
+        window: what part of the picture readout shows; a term whose point lies outside of it is left out.
     Returns: (B,).
     """
     origin = gather(source, starts, truncate)  # (B, D, N)
+    moving = (starts != ends).any(1)  # (N,)
+    if window is not None:
+        (starts, seen), (ends, reached) = within(starts, window), within(ends, window)
     arrived = F.cosine_similarity(origin, gather(readout, ends, truncate), dim=1)  # (B, N)
     stayed = F.cosine_similarity(origin, gather(readout, starts, truncate), dim=1)
-    moving = (starts != ends).any(1)  # (N,)
     stayed = torch.where(moving | ~moving.any(), stayed, -1)
+    if window is not None:
+        arrived, stayed = torch.where(reached, arrived, -1), torch.where(seen, stayed, -1)
     return 0.5 * ((stayed + 1) / 2).mean(1) - 0.5 * ((arrived + 1) / 2).mean(1)
+
+
+def within(points: Tensor, window: Window) -> tuple[Tensor, Tensor]:
+    """Points (N, 2) as fractions of a window of their picture, and which of them lie in it, (N,)."""
+    corner, size = points.new_tensor(window[:2]), points.new_tensor(window[2:])
+    distance = points - corner
+    inside = torch.where(distance < 0, distance + 1, distance) / size  # a window may reach over the edge
+    return inside.clamp(0, 1), (inside <= 1).all(1)
 
 
 def gather(maps: Tensor, points: Tensor, truncate: bool = False) -> Tensor:

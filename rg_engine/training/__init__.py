@@ -2,8 +2,9 @@
 
 from .data.draws import Draw, Reading
 from .data.examples import Examples, in_a_row
+from .head_training import HeadTraining
 from .lessons import Lesson, lesson_of
-from .loop import HeadTraining, Progress
+from .loop import Progress
 from .new_head import new_head
 from .settings import TrainingSettings
 

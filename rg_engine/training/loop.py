@@ -1,4 +1,7 @@
-"""The training loop of a head: features come without a graph, only the head learns."""
+"""The loop of every training: of a head, of the demo model's parts, of an adapter's parameters on a frozen backbone.
+
+AdamW with a warm-up, then falling to 0 as a cosine; a moving average of the weights, which is what a training gives.
+"""
 
 from __future__ import annotations
 
@@ -7,73 +10,100 @@ import copy
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from ..errors import TrainingError
-from ..heads import ReadoutHead
-from ..heads.head import Network
 from .checkpoint import load_checkpoint, save_checkpoint
-from .data.draws import Draw, KeptFeatures, Read, Reading, draw_step, draw_validation
-from .data.examples import Examples
 from .distributed import Ranks
-from .lessons import Lesson
-from .settings import TrainingSettings
+from .settings import Precision
 
-WARM_UP = 50
 CHECKPOINT_EVERY_S = 60.0
+#: The inputs of a step's microbatches: of each, this process's share.
+Draw = Callable[[int], Iterable[tuple[Any, ...]]]
+#: Readouts (n, D, h, w) and their truth.
+Shown = tuple[Tensor, Tensor | None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopSettings:
+    """learning_rate: reached after ``warm_up`` steps. accumulate: microbatches a step. ema: the average's decay; young_ema:
+    less of it in the first steps, which are forgotten sooner then: (1 + n) / (10 + n) after n of them, as TensorFlow's
+    ExponentialMovingAverage. clip: the gradient's largest norm. betas, weight_decay: AdamW's. precision: of the arithmetic
+    (weights stay fp32). validate_every: steps between validations, 0 for never. patience: validations without a better one
+    before training ends, 0 for no end.
+    Raises TrainingError for what no training can be.
+    """
+
+    steps: int
+    learning_rate: float
+    warm_up: int = 50
+    accumulate: int = 1
+    ema: float = 0.99
+    young_ema: bool = False
+    clip: float = math.inf
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    precision: Precision = "fp32"
+    validate_every: int = 0
+    patience: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "learning_rate", "warm_up", "accumulate", "clip"):
+            if not getattr(self, name) > 0:
+                raise TrainingError(f"{name} is {getattr(self, name)}: it must be more than 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Progress:
-    """A step's news. validation: the loss of the average on the examples kept back, at steps that validate.
-
-    shown: then a few readouts (n, D, h, w) and their truth, at the same times.
-    """
+    """A step's news. validation: the loss of the average on what was kept back, at steps that validate; shown: then what
+    there is to see."""
 
     step: int
     steps: int
     loss: float
     validation: float | None = None
-    shown: tuple[Tensor, Tensor | None] | None = None
+    shown: Shown | None = None
 
 
-class HeadTraining:
-    """One head in training; :meth:`run` trains it, :meth:`best` gives what it has become so far.
+class Training:
+    """A network in training; :meth:`run` trains it, :meth:`best` gives what it has become so far.
 
     Args:
-        head: with fresh weights; its network learns.
-        read: gives the frozen model's features of a draw. device: where the head learns.
+        network: all that learns, in fp32. A frozen backbone stays out of it: ``compute_loss`` knows it.
+        draw: a step's microbatches, without autocast. The same for the same step: a training that goes on repeats none.
+        compute_loss: an input of ``draw`` to losses of any shape, in the settings' precision; their mean is learned from.
+        name: in errors. facts: plain values that a checkpoint must agree in.
+        validate: the average to its loss on what was kept back, and what there is to see. device: where the network learns.
         checkpoint: goes on from it if it is there, with the same result as without the break, and writes it.
     """
 
     def __init__(
-        self, head: ReadoutHead, lesson: Lesson, examples: Examples, read: Read, settings: TrainingSettings, *,
+        self, network: nn.Module, draw: Draw, compute_loss: Callable[..., Tensor], settings: LoopSettings, *, name: str,
+        facts: dict[str, Any], validate: Callable[[nn.Module], tuple[float, Shown | None]] | None = None,
         device: torch.device | str = "cpu", checkpoint: Path | None = None, ranks: Ranks | None = None,
     ) -> None:  # fmt: skip
-        self._head, self._lesson, self._settings, self._ranks = head, lesson, settings, ranks or Ranks()
-        self._ranks.share(settings.batch // settings.accumulate)
-        share = settings.validation_share if settings.validate_every else 0.0
-        self._learned, self._kept_back = examples.split(share)
-        self._read = KeptFeatures(read) if settings.noise_draws else read
-        self._checkpoint = checkpoint
-        self._device = torch.device(device)
-        network = head.network.to(self._device).train().requires_grad_(True)
-        self._average = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(settings.ema))
-        self._optimiser = torch.optim.AdamW(network.parameters(), lr=settings.learning_rate, weight_decay=0.0)
+        self._draw, self._settings, self._name, self._facts = draw, settings, name, facts
+        self._check = validate if settings.validate_every else None
+        self._checkpoint, self._ranks, self._device = checkpoint, ranks or Ranks(), torch.device(device)
+        self._network = network.to(self._device).train().requires_grad_(True)
+        self._losses = _Losses(self._network, compute_loss)
+        self._average = AveragedModel(self._network, multi_avg_fn=_average_of(settings))
+        self._optimiser = torch.optim.AdamW(
+            network.parameters(), lr=settings.learning_rate, betas=settings.betas, weight_decay=settings.weight_decay
+        )
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=settings.precision == "fp16")
-        self._losses = _Losses(head, lesson)
         self._best: dict[str, Tensor] | None = None
         self._best_loss, self._without_better = math.inf, 0
-        self._step = 0
+        self.step = 0
         self.history: list[tuple[int, float, float | None]] = []  # step, loss, validation
 
-    def run(self, report: Callable[[Progress], None] | None = None) -> ReadoutHead:
+    def run(self, report: Callable[[Progress], None] | None = None) -> None:
         """Train to the end, or until ``patience`` is spent. Raises TrainingError if a loss is not finite or the disk full.
 
         What ``report`` raises ends it too; :meth:`best` stays as it was at the last step, the checkpoint as it was written.
@@ -83,151 +113,119 @@ class HeadTraining:
         model = self._ranks.wrapped(self._losses)
         saved = time.monotonic()
         while not self._finished:
-            loss = self._learn(model, draw_step(self._learned, settings, self._step))
-            self._step += 1
+            loss = self._learn(model)
+            self.step += 1
             validation, shown = None, None
-            if self._kept_back is not None and (self._step % settings.validate_every == 0 or self._step == settings.steps):
-                validation, shown = self._validate(draw_validation(self._kept_back, settings))
-            self.history.append((self._step, loss, validation))
+            if self._check is not None and (self.step % settings.validate_every == 0 or self.step == settings.steps):
+                validation, shown = self._validate(self._check)
+            self.history.append((self.step, loss, validation))
             if self._finished or time.monotonic() - saved > CHECKPOINT_EVERY_S:
                 self._save()
                 saved = time.monotonic()
             if report is not None:
-                report(Progress(step=self._step, steps=settings.steps, loss=loss, validation=validation, shown=shown))
-        return self.best()
+                report(Progress(step=self.step, steps=settings.steps, loss=loss, validation=validation, shown=shown))
 
     @property
     def _finished(self) -> bool:
-        settings = self._settings
-        return self._step >= settings.steps or 0 < settings.patience <= self._without_better
+        return self.step >= self._settings.steps or 0 < self._settings.patience <= self._without_better
 
-    def best(self) -> ReadoutHead:
-        """The average of the weights: at the best validation, or as it is now; frozen and on the CPU."""
-        network = cast(Network, copy.deepcopy(self._average.module).cpu())
+    def best(self) -> nn.Module:
+        """The average: at the best validation, or as it is now; a copy on the CPU."""
+        network = copy.deepcopy(self._average.module).cpu()
         if self._best is not None:
             network.load_state_dict(self._best)
-        settings = {key: value for key, value in dataclasses.asdict(self._settings).items() if key != "timestep_convention"}
-        training = {**self._head.spec.training, **settings, "steps": self._step, "examples": len(self._learned)}
-        spec = dataclasses.replace(
-            self._head.spec, training=training, timestep_convention=self._settings.timestep_convention
-        )
-        return ReadoutHead(network=network, spec=spec, name=self._head.name)
+        return network
 
-    def _learn(self, model: nn.Module, draw: Draw) -> float:
+    def _learn(self, model: nn.Module) -> float:
         """One optimiser step; returns the loss of the whole batch."""
-        settings, optimiser = self._settings, self._optimiser
-        rate = min(1.0, (self._step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * self._step / settings.steps))
+        settings, optimiser, count = self._settings, self._optimiser, self._settings.accumulate
+        rate = min(1.0, (self.step + 1) / settings.warm_up) * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate
         optimiser.zero_grad(set_to_none=True)
-        micro = settings.batch // settings.accumulate
         losses = []
-        for k in range(settings.accumulate):
-            rows = [k * micro + row for row in self._ranks.share(micro)]
-            mine = draw.rows(rows)
-            reading = self._read(mine).on(self._device)
-            last = k + 1 == settings.accumulate
-            with contextlib.nullcontext() if last or self._ranks.world == 1 else model.no_sync():  # type: ignore[operator]
+        for k, inputs in zip(range(1, count + 1), self._draw(self.step), strict=True):
+            with contextlib.nullcontext() if k == count or self._ranks.world == 1 else model.no_sync():  # type: ignore[operator]
                 with _autocast(settings.precision, self._device):
-                    loss = model(reading, mine.truth, self._learned.cells).mean()
-                self._scaler.scale(loss / settings.accumulate).backward()
+                    loss = model(*inputs).mean()
+                self._scaler.scale(loss / count).backward()
             losses.append(loss.detach())
         loss = self._ranks.mean(torch.stack(losses).mean())
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the loss of {self._head.name!r} is {loss.item()} at step {self._step}: lower the learning rate, or "
+                f"the loss of {self._name!r} is {loss.item()} at step {self.step}: lower the learning rate, or "
                 f"look at the data{'. The last checkpoint is as it was' if self._checkpoint is not None else ''}"
             )
-        slopes = [p.grad.abs().max() for p in self._head.network.parameters() if p.grad is not None]
+        slopes = [p.grad.abs().max() for p in self._network.parameters() if p.grad is not None]
         if not self._scaler.is_enabled() and not torch.isfinite(torch.stack(slopes)).all():  # the scaler skips such steps
             raise TrainingError(
-                f"the gradient of {self._head.name!r} is not finite at step {self._step}: lower the learning rate, or "
+                f"the gradient of {self._name!r} is not finite at step {self.step}: lower the learning rate, or "
                 "look at the data"
             )
+        if settings.clip < math.inf:
+            self._scaler.unscale_(optimiser)
+            nn.utils.clip_grad_norm_(self._network.parameters(), settings.clip)
         self._scaler.step(optimiser)
         self._scaler.update()
-        self._average.update_parameters(self._head.network)
+        self._average.update_parameters(self._network)
         return loss.item()
 
-    @torch.no_grad()
-    def _validate(self, draw: Draw) -> tuple[float, tuple[Tensor, Tensor | None]]:
-        """The average's loss on the examples kept back; keeps the average if it is the best so far."""
-        network = cast(Network, self._average.module)
-        average = dataclasses.replace(self._head, network=network)
-        losses, shown = [], None
-        micro = self._settings.batch // self._settings.accumulate
-        for first in range(0, len(draw.latents), micro):
-            part = draw.rows(range(first, min(first + micro, len(draw.latents))))
-            readouts = _read_head(average, self._read(part).on(self._device), part.latents.shape[1], self._learned.cells)
-            losses.append(self._lesson.loss(readouts, _on(part.truth, readouts)))
-            shown = shown or (readouts[:4, 0].cpu(), None if part.truth is None else part.truth[:4])
-        network.train()
-        loss = torch.cat(losses).mean().item()
+    def _validate(self, check: Callable[[nn.Module], tuple[float, Shown | None]]) -> tuple[float, Shown | None]:
+        """The average's loss on what was kept back; keeps the average if it is the best so far."""
+        average = self._average.module
+        with torch.no_grad():
+            loss, shown = check(average)
+        average.train()
         self._without_better += 1
         if loss < self._best_loss:
             self._best_loss, self._without_better = loss, 0
-            self._best = {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
-        assert shown is not None
+            self._best = {key: value.detach().cpu().clone() for key, value in average.state_dict().items()}
         return loss, shown
 
-    def _named(self) -> dict[str, Any]:
-        """What a checkpoint must agree in."""
-        facts = {
-            "kind": self._head.spec.kind,
-            "examples": len(self._learned),
-            "maps": list(self._head.spec.feature_channels),
-            "weights": sum(parameter.numel() for parameter in self._head.network.parameters()),
-        }
-        return {**facts, **dataclasses.asdict(self._settings)}
+    @property
+    def _parts(self) -> dict[str, Any]:
+        """What has a state of its own, by its name in a checkpoint."""
+        return {
+            "network": self._network, "average": self._average, "optimiser": self._optimiser, "scaler": self._scaler
+        }  # fmt: skip
 
     def _save(self) -> None:
         if self._checkpoint is None or not self._ranks.first:
             return
-        state = {
-            "network": self._head.network,
-            "average": self._average,
-            "optimiser": self._optimiser,
-            "scaler": self._scaler,
-        }
         plain = {
-            "step": self._step, "best": self._best, "best_loss": self._best_loss, "without_better": self._without_better,
-            "history": self.history, "settings": self._named(),
+            "step": self.step, "best": self._best, "best_loss": self._best_loss, "without_better": self._without_better,
+            "history": self.history, "settings": self._facts,
         }  # fmt: skip
-        save_checkpoint(self._checkpoint, {**{key: part.state_dict() for key, part in state.items()}, **plain})
+        save_checkpoint(self._checkpoint, {**{key: part.state_dict() for key, part in self._parts.items()}, **plain})
 
     def _resume(self) -> None:
-        state = None if self._checkpoint is None else load_checkpoint(self._checkpoint, self._named())
+        state = None if self._checkpoint is None else load_checkpoint(self._checkpoint, self._facts)
         if state is None:
             return
-        self._head.network.load_state_dict(state["network"])
-        self._average.load_state_dict(state["average"])
-        self._optimiser.load_state_dict(state["optimiser"])
-        self._scaler.load_state_dict(state["scaler"])
-        self._step, self._best, self._best_loss = state["step"], state["best"], state["best_loss"]
+        for key, part in self._parts.items():
+            part.load_state_dict(state[key])
+        self.step, self._best, self._best_loss = state["step"], state["best"], state["best_loss"]
         self._without_better, self.history = state["without_better"], [tuple(point) for point in state["history"]]
 
 
 class _Losses(nn.Module):
-    """Head and loss as one module, so that several processes can train it: a reading and its truth to (N,)."""
+    """The network and what is asked of it as one module, so that several processes can train it."""
 
-    def __init__(self, head: ReadoutHead, lesson: Lesson) -> None:
+    def __init__(self, network: nn.Module, compute_loss: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.network = head.network
-        self._head, self._lesson = head, lesson
+        self.network = network
+        self._compute_loss = compute_loss
 
-    def forward(self, reading: Reading, truth: Tensor | None, cells: tuple[int, int]) -> Tensor:
-        readouts = _read_head(self._head, reading, self._lesson.pictures, cells)
-        with torch.autocast(readouts.device.type, enabled=False):
-            return self._lesson.loss(readouts.float(), _on(truth, readouts))
+    def forward(self, *inputs: Any) -> Tensor:
+        return self._compute_loss(*inputs)
 
 
-def _read_head(head: ReadoutHead, reading: Reading, pictures: int, cells: tuple[int, int]) -> Tensor:
-    """Readouts (N, K, D, h, w)."""
-    return head.read(reading.features, reading.emb, cells, reading.noise_level).unflatten(0, (-1, pictures))
+def _average_of(settings: LoopSettings) -> Callable[..., None]:
+    def average(averages: Any, values: Any, count: Tensor | int) -> None:
+        young = (1 + int(count)) / (10 + int(count)) if settings.young_ema else 1.0
+        get_ema_multi_avg_fn(min(settings.ema, young))(averages, values, count)
 
-
-def _on(truth: Tensor | None, like: Tensor) -> Any:
-    return None if truth is None else truth.to(like.device)
+    return average
 
 
 def _autocast(precision: str, device: torch.device) -> contextlib.AbstractContextManager[Any]:

@@ -176,7 +176,7 @@ def test_outside_its_mask_a_drag_leaves_every_guided_step_s_latent_as_the_source
     )
     assert len(latents) == 8
     for source, guided in zip(latents[:4], latents[4:], strict=True):
-        assert torch.equal(guided[..., 4:], source[..., 4:])
+        torch.testing.assert_close(guided[..., 4:], source[..., 4:], rtol=0, atol=2e-5)  # rounding of values up to 44
         assert not torch.allclose(guided[..., :4], source[..., :4], atol=1e-2)
 
 

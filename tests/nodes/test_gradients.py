@@ -86,7 +86,7 @@ def cast_every_layer(network) -> None:
 
 def patch_every_layer(network) -> None:
     """LoRAs of an offloaded model are added to each weight when its layer runs; here half of it is."""
-    for layer in layers(network):
+    for layer in (layer for layer in layers(network) if layer.weight is not None):
         layer.weight.data *= 0.5
         layer.weight_function = [lambda weight: weight * 2]
 
@@ -324,30 +324,81 @@ def test_a_scope_follows_weights_that_moved_between_passes(moved, graph):
     assert torch.equal(gradient("SD1.5", network, scope), before)
 
 
-@GRAPHS
-def test_no_cast_weight_lives_between_forward_and_backward(graph, monkeypatch):
+@pytest.fixture
+def casts(monkeypatch) -> list[weakref.ref]:
+    """Every weight that ComfyUI makes for a layer that runs."""
     import comfy.ops
 
-    network = made("SD1.5", cast_every_layer)
-    casts = []
-    original = comfy.ops.cast_bias_weight
+    made, original = [], comfy.ops.cast_bias_weight
 
     def tracked(*args, **kwargs):
         out = original(*args, **kwargs)
         copies = tuple(t.clone() if isinstance(t, torch.Tensor) else t for t in out[:2])
-        casts.extend(weakref.ref(t) for t in copies if t is not None)
+        made.extend(weakref.ref(t) for t in copies if t is not None)
         return (*copies, *out[2:])
 
     monkeypatch.setattr(comfy.ops, "cast_bias_weight", tracked)
+    return made
+
+
+def still_there(casts) -> int:
+    gc.collect()
+    return sum(ref() is not None for ref in casts)
+
+
+@GRAPHS
+def test_no_cast_weight_lives_between_forward_and_backward(graph, casts):
+    network = made("SD1.5", cast_every_layer)
     with scope_of(network, graph):
         leaf = torch.randn(1, 4, 8, 8).requires_grad_()
         out = network(leaf, torch.tensor([500.0]), context=torch.randn(1, 8, 32))
-        gc.collect()
         forward = len(casts)
         assert forward
-        assert sum(ref() is not None for ref in casts) == 0
+        assert still_there(casts) == 0
         torch.autograd.grad(out.sum(), leaf)
         assert len(casts) > forward  # they were made again
+
+
+def rms_network(change, dtype) -> torch.nn.Module:
+    """Linear layers and RMS norms, as transformers have them; one norm has no weight. Changed, as it is loaded."""
+    import comfy.ops
+
+    ops = comfy.ops.disable_weight_init
+    norms = (ops.RMSNorm(8, eps=1e-6), ops.RMSNorm(8), ops.RMSNorm(8, elementwise_affine=False))
+    network = torch.nn.Sequential(*(layer for norm in norms for layer in (ops.Linear(8, 8), norm))).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in network.parameters():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    change(network.to(dtype))
+    return network
+
+
+def unchanged(network) -> None:
+    pass
+
+
+@GRAPHS
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("weights", "same"),
+    [
+        (assert_resident, unchanged), (cast_every_layer, unchanged), (patch_every_layer, unchanged),
+        (functools.partial(stored, dtype=torch.float8_e4m3fn), functools.partial(rounded, dtype=torch.float8_e4m3fn)),
+    ],
+    ids=["resident", "cast", "patched", "fp8"],
+)  # fmt: skip
+def test_rms_norms_give_plain_autograds_gradient_and_keep_no_cast_weight(weights, same, dtype, graph, casts):
+    with plain_autograd():
+        x, direction = torch.randn(2, 4, 3, 8, generator=torch.Generator().manual_seed(1)).to(dtype)
+        wanted = torch.autograd.grad(rms_network(same, dtype)(x.requires_grad_()), x, direction)[0]
+    network = rms_network(weights, dtype)
+    casts.clear()
+    with scope_of(network, graph):
+        out = network(x)
+        forward = len(casts)
+        assert still_there(casts) == 0
+        torch.testing.assert_close(torch.autograd.grad(out, x, direction)[0], wanted)
+    assert len(casts) == 2 * forward == (0 if weights is assert_resident else 16)  # five weights and three biases, twice
 
 
 @GRAPHS

@@ -170,13 +170,12 @@ def test_a_controlnet(small, mode):
     import comfy.cldm.cldm
     import comfy.controlnet
     import comfy.ops
-    from small_models import randomise
 
     unet_config = small.model.model.model_config.unet_config
     others = ("out_channels", "transformer_depth_output", "disable_unet_model_creation")
     config = {key: value for key, value in unet_config.items() if key not in others}
     net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu", **config)
-    randomise(net, 1)
+    engine("lab.cost.models").randomise(net, seed=1)
     seen = []
     net.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled() and not torch.is_inference_mode_enabled()))
     device = small.model.load_device
@@ -214,7 +213,7 @@ def test_both_branches_of_a_guided_step_run_by_the_same_attention(small, monkeyp
         return kernel(q, *args, **kwargs)
 
     monkeypatch.setattr(branches, "attention_pytorch", counted)
-    small.sample(small.target(), latent_image={"samples": torch.zeros(1, 4, 24, 24)}, steps=2)
+    small.sample(small.target(), latent_image={"samples": torch.zeros(1, 4, 24, 24)}, steps=11)  # a move a guided step
     assert max(maps[True]) == 24 * 24
     assert maps[False] == maps[True]
 

@@ -47,7 +47,9 @@ def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(smal
     (asked_shape,) = asked
     picture, all_pictures = (small.model.model.memory_required([2 * b, 4, 16, 16]) for b in (1, asked_shape[0]))
     size = engine("comfy_host.loaded.memory").GraphSize(
-        backbone=engine("comfy_host.loaded.model").backbone_of(small.model), heads=(small.head("spatial"),), branches=branches
+        backbone=engine("comfy_host.loaded.model").backbone_of(small.model),
+        heads=(small.head("spatial"),),
+        branches=branches,
     )
     needed = size.bytes(small.model, [1, 4, 16, 16], graph)
     assert needed <= all_pictures - picture < needed + picture

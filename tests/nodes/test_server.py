@@ -26,7 +26,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_LoadReadoutHead": (["head_name", "kind"], [], ["READOUT_HEAD"]),
     "RG_ReadoutTarget": (
         ["head", "weight", "start_percent", "end_percent"],
-        ["image", "mask", "drag_points", "reference_latent", "previous", "readout", "reference_mask"],
+        ["image", "mask", "drag_points", "reference_latent", "previous", "readout", "reference_mask", "keyframes"],
         ["READOUT_TARGET"],
     ),
     "RG_DragPoints": (["points"], ["image", "frames"], ["DRAG_POINTS", "IMAGE"]),
@@ -51,6 +51,8 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_InvertLatent": (
         ["model", "latent", "steps", "scheduler", "cfg"], ["positive", "negative", "refinements"], ["LATENT", "FLOAT"],
     ),
+    "RG_ReadoutKeyframes": (["keyframes", "interpolation"], ["values"], ["READOUT_KEYFRAMES", "IMAGE"]),
+    "RG_FollowCrops": (["positive", "image"], [], ["CONDITIONING"]),
 }  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
 #: Known from KSampler, or plain; a tooltip would only repeat the name.
@@ -259,6 +261,27 @@ def test_malformed_points_are_refused_where_they_are_wrong(server):
         "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}},
     }
     assert "points is not JSON (line 1, column 26): expected {" in refusal(server, prompt, "1")
+
+
+def keyframes_prompt(**inputs):
+    """Readout Keyframes and its preview."""
+    return {
+        "1": {"class_type": "RG_ReadoutKeyframes", "inputs": {"interpolation": "linear", **inputs}},
+        "2": {"class_type": "PreviewImage", "inputs": {"images": ["1", 1]}},
+    }
+
+
+def test_malformed_keyframes_are_refused_where_they_are_wrong(server):
+    prompt = keyframes_prompt(keyframes="0.0: 1\n0.5 1")
+    assert "line 2 of keyframes is '0.5 1': expected a percent, a colon and a value" in refusal(server, prompt, "1")
+
+
+def test_keyframes_are_drawn_from_text_and_from_other_nodes(server):
+    text = keyframes_prompt(keyframes="0.0: 1\n0.5: 0.5")
+    number = keyframes_prompt(keyframes="0.0: 1", values=["3", 0])
+    number["3"] = {"class_type": "PrimitiveFloat", "inputs": {"value": 0.5}}
+    for prompt in (text, number):
+        assert len(server.run(prompt)["2"]["images"]) == 1
 
 
 def test_after_an_interrupt_a_prompt_gives_what_it_gave_before(server, workflow):

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from comfyui_host import engine
-from small_models import parity_model, randomise
+from small_models import parity_model
 
 HERE, THERE = ((0.3, 0.3), (0.7, 0.6)), ((0.6, 0.2), (0.2, 0.8))
 
@@ -188,7 +188,7 @@ def test_another_head_has_its_own_source(kit):
 
 def test_another_checkpoint_has_its_own_source(kit):
     other = parity_model()
-    randomise(other.model.diffusion_model, 1)
+    engine("lab.cost.models").randomise(other.model.diffusion_model, seed=1)
     kit.draw(kit.drag())
     assert not is_kept(kit, model=other)
 
@@ -269,7 +269,7 @@ def test_another_hint_of_a_controlnet_has_its_own_source(kit):
     others = ("out_channels", "transformer_depth_output", "disable_unet_model_creation")
     config = {key: value for key, value in unet_config.items() if key not in others}
     net = comfy.cldm.cldm.ControlNet(hint_channels=3, operations=comfy.ops.disable_weight_init, device="cpu", **config)
-    randomise(net, 1)
+    engine("lab.cost.models").randomise(net, seed=1)
     base = comfy.controlnet.ControlNet(net, load_device=kit.model.load_device, manual_cast_dtype=None)
 
     def prompt(seed, strength=0.5):

@@ -7,7 +7,7 @@ import io
 import json
 from typing import Any
 
-from comfyui_server import Server
+from comfyui_server import EXTENSION, Server
 from PIL import Image
 
 PATIENCE_MS = 20_000
@@ -77,6 +77,17 @@ class Editor:
         self.page.goto(self.server.url)
         self.until("window.app?.graph && app.extensionManager && app.canvas && document.querySelector('#graph-canvas')")
         self.until("app.extensionManager.workflow?.activeWorkflow?.changeTracker && app.graph.nodes.length >= 0")
+        # What will go from the page is an error here, whenever it is the extension that uses it.
+        self.page.evaluate(
+            """extension => {
+                LiteGraph.alwaysRepeatWarnings = true;
+                LiteGraph.onDeprecationWarning = [said => {
+                    const { stack } = new Error(said);
+                    if (stack.includes(extension)) console.error(stack);
+                }];
+            }""",
+            EXTENSION,
+        )
 
     def load(
         self,

@@ -13,22 +13,20 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import comfy.samplers
 import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...errors import BackboneError
 from ...features import Backbone, FeatureTap
-from ...guidance import Branch, Objective, SourceStep
+from ...guidance import Branch, Objective, Part, SourceStep, parts_of
 from ..loaded.frozen_layers import plain
 from ..loaded.gradient_scope import GradientScope
 from ..loaded.model import input_scale
 from ..loaded.saved_tensors import beside_other_nodes
 
 CONDITIONAL, UNCONDITIONAL = 0, 1
-_NAMES = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
+PROMPTS = {CONDITIONAL: "positive", UNCONDITIONAL: "negative"}
 KEY = "readout_guidance_branch"
 KERNELS_WITH_BACKWARD = ("attention_pytorch", "attention_split", "attention_basic", "attention_xformers")
 SMALL = 256  # cells; for more, the sub-quadratic kernel takes longer and keeps every pair
@@ -40,6 +38,9 @@ class BranchReader:
     With ``active`` targets it gives, for each picture, the loss (B,) of each branch and ``gradient`` (B, C, H, W), that of
     the sum of the branches' losses with respect to z; ``sources`` are what they are compared with, by branch. Without, it
     keeps ``found`` (by branch): the readouts of targets ``recorded``, by default of those that need the source.
+
+    Args: x, the latent (B, C, H, W) that the model is called on, in one call or in parts; percent, its place in the
+    diffusion time.
     """
 
     def __init__(
@@ -51,52 +52,113 @@ class BranchReader:
         sources: dict[int, SourceStep] | None = None,
         recorded: tuple[int, ...] | None = None,
         scope: GradientScope | None = None,
+        percent: float = 0.0,
     ) -> None:
         self._backbone = backbone
         self._objective = objective
-        self._batch = x.shape[0]
+        self._x = x
         self._active = active
         self._sources = sources or {}
         self._recorded = recorded
         self._scope = scope
-        self._losses: dict[int, list[Tensor]] = {}
-        self._gradients: dict[int, list[Tensor]] = {}
-        self._model: Any = None
-        self.found: dict[int, SourceStep] = {}
-        self.readouts: dict[int, Tensor] = {}  # of the latest call, by target
-        self.whole = True  # whether the predictions of run() are the branches' own (no areas were widened for them)
+        self._percent = percent
+        self._prompts: dict[Any, int] = {}  # branches by their prompts' ids; empty: by their place in the call
+        self._reading = True  # whether calls are read now
+        self._seen: set[Any] = set()  # parts that were read
+        self._losses: dict[int, list[tuple[Part, Tensor]]] = {}
+        self._gradients: dict[int, list[tuple[Part, Tensor]]] = {}
+        self._found: dict[int, dict[Any, tuple[Part, SourceStep]]] = {}
+        self._readouts: dict[int, list[tuple[Part, Tensor]]] = {}  # of the latest branch, by target
+        self.called = 0  # network calls that came to it
+        self.strange: tuple[int, int] | None = None  # the size of a call that shows no part of the pictures
+
+    @property
+    def guides(self) -> bool:
+        """Whether there is a gradient."""
+        return bool(self._gradients)
+
+    def has(self, branch: int) -> bool:
+        """Whether there is a loss of this branch."""
+        return branch in self._losses
 
     def loss(self, branch: int = CONDITIONAL) -> Tensor:
-        return torch.stack(self._losses[branch]).mean(0)
+        """(B,); of prompts that ran apart, the mean."""
+        return _together(self._losses[branch], self._x, torch.zeros(len(self._x), device=self._x.device))
 
     @property
     def gradient(self) -> Tensor:
-        return torch.stack([torch.stack(parts).mean(0) for parts in self._gradients.values()]).sum(0)
+        empty = torch.zeros(self._x.shape, device=self._x.device)
+        return torch.stack([_together(parts, self._x, empty) for parts in self._gradients.values()]).sum(0)
 
-    def install(self, options: dict[str, Any]) -> dict[str, Any]:
-        """Model options that let this reader see the network's calls."""
+    @property
+    def readouts(self) -> dict[int, Tensor]:
+        """The latest readouts (B, D, H, W), by target."""
+        return {i: _stitched(parts, self._x) for i, parts in self._readouts.items()}
+
+    @property
+    def found(self) -> dict[int, SourceStep]:
+        return {branch: _whole_step(list(parts.values()), self._x) for branch, parts in self._found.items()}
+
+    def install(self, options: dict[str, Any], guider: Any = None, branches: Sequence[int] = (), only: bool = False) -> Any:
+        """Model options that let this reader see the network's calls.
+
+        With a guider, its prompts tell the branches, and the ``branches`` to be guided run by themselves; the others run as
+        they would, with the same attention kernels, so that cfg multiplies no difference between kernels, or, with ``only``,
+        not at all.
+        """
         options = comfy.model_patcher.create_model_options_clone(options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, self.apply_model, options, is_model_options=True)
+        if guider is None:
+            return options
+        for branch, name in PROMPTS.items():
+            self._prompts |= {cond.get("uuid"): branch for cond in guider.conds.get(name) or ()}
+        if branches:
+            self._reading = False
+            calc = functools.partial(self._calculate_branches, guider, tuple(branches), only)
+            add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
+            if self._scope is not None:
+                options["transformer_options"].setdefault("optimized_attention_override", ATTENTION[self._scope.graph])
         return options
 
-    def run(
-        self, guider: Any, branches: Sequence[int], x: Tensor, timestep: Tensor, options: dict[str, Any]
-    ) -> dict[int, Tensor]:
-        """Run some branches by themselves; returns their predictions (denoised)."""
+    def _calculate_branches(
+        self,
+        guider: Any,
+        branches: tuple[int, ...],
+        only: bool,
+        calculate: Any,
+        model: Any,
+        conds: list,
+        x: Tensor,
+        *args: Any,
+    ) -> list[Tensor]:
+        """The wrapper around calc_cond_batch. Each part is read once: other nodes (PAG, for one) run the same prompt again
+        to another end."""
         comfy.model_management.throw_exception_if_processing_interrupted()
-        conds: list[Any] = [None, None]
-        for branch in branches:
-            given = guider.conds[_NAMES[branch]]
-            if all("area" in cond for cond in given):  # regional prompts only: the readout needs the whole picture
-                given = [{key: value for key, value in cond.items() if key != "area"} for cond in given]
-                self.whole = False
-            conds[branch] = given
-        out = comfy.samplers.calc_cond_batch(guider.inner_model, conds, x, timestep, self.install(options))
-        if self._active and any(branch not in self._gradients for branch in branches):
-            raise BackboneError(
-                "no prompt covers the whole picture at this step, so there is nothing to read out: add one without an area"
-            )
-        return {branch: out[branch] for branch in branches}
+        whole = x.shape == self._x.shape
+        parts = parts_of(x, self._x)
+        key = None if parts is None else tuple(part.key for part in parts)
+        if not any(branch == CONDITIONAL for branch in self._prompts.values()) and conds and conds[0]:
+            self._prompts |= {cond.get("uuid"): CONDITIONAL for cond in conds[0]}  # a guider with names of its own
+        mine = [bool(cond) and self._prompts.get(cond[0].get("uuid")) in branches for cond in conds]
+        if key in self._seen or not (any(mine) or whole):
+            return calculate(model, conds, x, *args)
+        if key is not None:
+            self._seen.add(key)
+        asked = [cond if own else None for cond, own in zip(conds, mine, strict=True)]
+        present = {self._prompts[cond[0].get("uuid")] for cond in asked if cond}
+        absent = [guider.conds[PROMPTS[b]] for b in branches if b not in present and PROMPTS[b] in guider.conds]  # cfg 1
+        self._reading = True
+        try:
+            out = calculate(model, asked, x, *args)
+            for cond in absent if whole else ():
+                calculate(model, [None] * UNCONDITIONAL + [cond], x, *args)
+        finally:
+            self._reading = False
+        others = [None if own or only else cond for cond, own in zip(conds, mine, strict=True)]
+        if any(others):
+            rest = calculate(model, others, x, *args)
+            out = [a if own else b for a, b, own in zip(out, rest, mine, strict=True)]
+        return out
 
     def apply_model(
         self,
@@ -109,28 +171,32 @@ class BranchReader:
         transformer_options: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """The wrapper around BaseModel.apply_model: x (n * B, C, H, W), n prompts one after another."""
+        """The wrapper around BaseModel.apply_model: x (R, C, h, w), the rows of some prompts one after another."""
         options = transformer_options or {}
-        if tuple(x.shape[-2:]) != self._objective.size:
+        if not self._reading:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-        self._model = executor.class_obj
-        scale = input_scale(self._model, t, x)
+        self.called += 1
+        branches = self._branches(options)
+        parts = parts_of(x, self._x, len(branches))
+        if parts is None:
+            self.strange = (x.shape[-2], x.shape[-1])
+            return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        model = executor.class_obj
+        network = model.diffusion_model
+        scale = input_scale(model, t, x)
         noise_level = t.expand(x.shape[0]) * scale.view(-1)
-        branches = options.get("cond_or_uncond", [CONDITIONAL])
         if not self._active:
-            with FeatureTap(self._model.diffusion_model, self._backbone) as tap:
+            with FeatureTap(network, self._backbone) as tap:
                 denoised = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
                 features, emb = tap.take()
             with torch.inference_mode(False), torch.no_grad():
-                z = x * scale
-                for n, branch in enumerate(branches):
-                    rows = slice(n * self._batch, (n + 1) * self._batch)
-                    read = Branch(
-                        features=[f[rows] for f in features], emb=emb[rows], z=z[rows], noise_level=noise_level[rows]
-                    )
-                    self.found.setdefault(branch, self._objective.source_step(read, self._recorded))
+                whole = Branch(features=features, emb=emb, z=self._x * _of_pictures(scale), noise_level=noise_level)
+                for part in parts:
+                    found = self._found.setdefault(branches[part.chunk], {})
+                    if part.key not in found:
+                        read = self._objective.part(part).source_step(self._rows(whole, part), self._recorded)
+                        found[part.key] = part, read
             return denoised
-        network = self._model.diffusion_model
         scope = self._scope if self._scope is not None and self._scope.network is network else GradientScope(network)
         with scope, _beside_others(control, options, scope), FeatureTap(network, self._backbone) as tap:
             leaf = x.detach().clone().requires_grad_()
@@ -144,43 +210,100 @@ class BranchReader:
                 **plain(kwargs),
             )
             features, emb = tap.take()
-            whole = Branch(
-                features=features, emb=plain(emb), z=(leaf * scale.clone()).detach(), noise_level=plain(noise_level)
-            )
-            self._backward(leaf, whole, branches, scale.clone(), light=scope.graph == "light")
+            z = self._x.clone() * _of_pictures(scale).clone()
+            whole = Branch(features=features, emb=plain(emb), z=z, noise_level=plain(noise_level))
+            self._backward(leaf, whole, parts, branches, scale.clone(), light=scope.graph == "light")
         return denoised.detach()
 
-    def _backward(self, leaf: Tensor, read: Branch, branches: Sequence[int], scale: Tensor, light: bool) -> None:
-        """The gradient in two parts: through the heads in fp32, one branch and head at a time, then through the network.
+    def _branches(self, options: dict[str, Any]) -> list[int]:
+        """The branch of each prompt of a call."""
+        places = options.get("cond_or_uncond", [CONDITIONAL])
+        ids = options.get("uuids", [None] * len(places))
+        return [self._prompts.get(uuid, place) for place, uuid in zip(places, ids, strict=True)]
+
+    def _rows(self, read: Branch, part: Part, features: list[Tensor] | None = None) -> Branch:
+        """A part's rows of a call; of z, its pictures."""
+        assert read.noise_level is not None
+        return Branch(
+            features=[f.detach()[part.rows] for f in read.features] if features is None else features,
+            emb=read.emb[part.rows], z=part.of_pictures(read.z), noise_level=read.noise_level[part.rows],
+            percent=self._percent,
+        )  # fmt: skip
+
+    def _backward(
+        self, leaf: Tensor, read: Branch, parts: Sequence[Part], branches: Sequence[int], scale: Tensor, light: bool
+    ) -> None:
+        """The gradient in two parts: through the heads in fp32, one part and head at a time, then through the network.
 
         In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows.
         """
-        at_taps: list[list[Tensor]] = []
+        outputs = [torch.zeros_like(f) for f in read.features]
         gains = []
-        assert read.noise_level is not None
-        for n, branch in enumerate(branches):
-            rows = slice(n * self._batch, (n + 1) * self._batch)
-            features = [f[rows].detach().float().requires_grad_() for f in read.features]
-            part = Branch(features=features, emb=read.emb[rows], z=read.z[rows], noise_level=read.noise_level[rows])
+        for part in parts:
+            features = [f.detach()[part.rows].float().requires_grad_() for f in read.features]
+            branch, objective = self._rows(read, part, features), self._objective.part(part)
             found: list[Tensor] = []
-            total = features[0].new_zeros(self._batch)
-            for targets in self._objective.by_head(self._active):
-                loss, readouts = self._objective.loss(part, targets, self._sources.get(branch), light=light)
+            total = features[0].new_zeros(len(features[0]))
+            for targets in objective.by_head(self._active):
+                loss, readouts = objective.loss(branch, targets, self._sources.get(branches[part.chunk]), light=light)
                 total += loss.detach()
-                self.readouts |= {i: readout.detach() for i, readout in readouts.items()}
+                for i, readout in readouts.items():
+                    self._readouts.setdefault(i, []).append((part, readout.detach()))
                 gradients = torch.autograd.grad(loss.sum(), features, allow_unused=True, materialize_grads=True)
                 found = [a + b for a, b in zip(found, gradients, strict=True)] if found else list(gradients)
-            self._losses.setdefault(branch, []).append(total)
+            self._losses.setdefault(branches[part.chunk], []).append((part, total))
             largest = torch.stack([g.abs().amax() for g in found]).amax()
             gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
-            at_taps.append([g * gain for g in found])
+            for output, gradient in zip(outputs, found, strict=True):
+                output[part.rows] = (gradient * gain).to(output.dtype)
             gains.append(gain)
-        outputs = [torch.cat(parts).to(f.dtype) for f, parts in zip(read.features, zip(*at_taps, strict=True), strict=True)]
         (gradient,) = torch.autograd.grad(read.features, leaf, outputs)
-        for n, (branch, gain) in enumerate(zip(branches, gains, strict=True)):
-            rows = slice(n * self._batch, (n + 1) * self._batch)
-            self._gradients.setdefault(branch, []).append(gradient[rows].float() / gain / scale[rows])
+        for part, gain in zip(parts, gains, strict=True):
+            moved = gradient[part.rows].float() / gain / scale[part.rows].float()
+            self._gradients.setdefault(branches[part.chunk], []).append((part, moved))
+
+
+def _together(parts: list[tuple[Part, Tensor]], latent: Tensor, empty: Tensor) -> Tensor:
+    """Values of parts of the pictures as one: where several cover a place, their mean.
+
+    Values: (b, C, h, w), or (b,), each a part's share of its pictures.
+    """
+    if all(part.whole for part, _ in parts):
+        return torch.stack([values for _, values in parts]).mean(0)
+    total, covered = empty.float().clone(), torch.zeros(len(latent), 1, *latent.shape[-2:], device=latent.device)
+    for part, values in parts:
+        part.add_to(covered, torch.ones_like(part.of(covered)))
+        if values.ndim == 1:
+            total.index_add_(0, part.of_pictures(torch.arange(len(total), device=total.device)), values.float())
+        else:
+            part.add_to(total, values)
+    return total / (covered.flatten(1).mean(1).clamp_min(1e-6) if total.ndim == 1 else covered.clamp_min(1))
+
+
+def _stitched(parts: list[tuple[Part, Tensor]], latent: Tensor) -> Tensor:
+    """Readouts of parts (b, D, h, w) as one, (B, D, H, W)."""
+    if parts[-1][0].whole:
+        return parts[-1][1]
+    shape = (len(latent), parts[0][1].shape[1], *latent.shape[-2:])
+    return _together(parts, latent, torch.zeros(shape, device=latent.device))
+
+
+def _whole_step(parts: list[tuple[Part, SourceStep]], latent: Tensor) -> SourceStep:
+    if parts[0][0].whole:
+        return parts[0][1]
+    low, high = (latent.new_full((len(latent),), value, dtype=torch.float32) for value in (torch.inf, -torch.inf))
+    for part, step in parts:
+        pictures = part.of_pictures(torch.arange(len(latent), device=latent.device))
+        low[pictures], high[pictures] = torch.minimum(low[pictures], step.z_min), torch.maximum(high[pictures], step.z_max)
+    names = parts[0][1].readouts
+    readouts = {i: _stitched([(part, step.readouts[i]) for part, step in parts], latent) for i in names}
+    return SourceStep(readouts=readouts, z_min=low, z_max=high)
+
+
+def _of_pictures(scale: Tensor) -> Tensor:
+    """The scale of a call's rows (R, 1, 1, 1), which is one for all of them, as (1, 1, 1, 1)."""
+    return scale[:1]
 
 
 def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:

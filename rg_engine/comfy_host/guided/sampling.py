@@ -44,15 +44,20 @@ def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSetting
     return _plain({**parts[0], "samples": torch.cat([part["samples"] for part in parts])})
 
 
+def guided_model(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:
+    """A MODEL that is guided wherever it is sampled. Raises TargetError for drags of several frames."""
+    if target is not None and target.drag_frames > 1:
+        raise TargetError(
+            "drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 for a guider or a guided model"
+        )
+    return guide(model, target, settings)
+
+
 def readout_guider(
     model: Any, positive: Any, negative: Any, cfg: float, target: Target | None, settings: GuidanceSettings
 ) -> comfy.samplers.CFGGuider:
-    """A CFGGuider on the guided model, for SamplerCustomAdvanced. Raises TargetError for drags of several frames."""
-    if target is not None and target.drag_frames > 1:
-        raise TargetError(
-            "drags in several frames need Readout-Guided KSampler: set frames of Drag Points to 1 for a guider"
-        )
-    guider = comfy.samplers.CFGGuider(guide(model, target, settings))
+    """A CFGGuider on the guided model, for SamplerCustomAdvanced. Raises TargetError as :func:`guided_model`."""
+    guider = comfy.samplers.CFGGuider(guided_model(model, target, settings))
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
     return guider

@@ -7,35 +7,49 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
+from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ...features import Backbone
-from ...guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
+from ...guidance import GuidanceSettings, Objective, Plan, ReferenceUpdate, SourceStep, Target, norm_ratio_length, rms_step
 from ...guidance.schedule import PlannedStep
 from ...guidance.targets import fit
 from ..loaded.gradient_scope import GradientScope, Graph
 from ..loaded.memory import is_out_of_memory
 from ..loaded.model import input_scale
-from .branches import ATTENTION, CONDITIONAL, UNCONDITIONAL, BranchReader
+from .branches import CONDITIONAL, PROMPTS, UNCONDITIONAL, BranchReader
+from .branches import KEY as READER
+from .frame import Frame
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 
 log = logging.getLogger("readout_guidance")
 KEY = "readout_guidance"
 Options = dict[str, Any]
+Result = TypeVar("Result")
+#: Why a planned step was not guided.
+NOTHING_ACTIVE = "no prompt was active"
+STRANGE = (
+    "the network was given a picture of {}x{} cells that is no part of the one being made (another node enlarges, shrinks "
+    "or changes it): bypass that node for the guided steps"
+)
+#: Functions of other nodes that come after the branches, and are not for passes that only read.
+AFTER_BRANCHES = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
     """The state of one sampling run."""
 
+    targets: tuple[Target, ...]
     settings: GuidanceSettings
     backbone: Backbone
     plan: Plan
@@ -46,6 +60,7 @@ class Run:
     noise: Tensor | None = None
     denoise_mask: Tensor | None = None
     steps: SamplerSteps | None = None
+    frame: Frame | None = None
     scope: GradientScope | None = None
     recording: bool = False  # the source pass is under way
     source: SourcePass = dataclasses.field(default_factory=SourcePass)
@@ -53,6 +68,9 @@ class Run:
     reference_steps: dict[tuple[int, int, int], SourceStep] = dataclasses.field(default_factory=dict)  # and by target
     losses: list[Tensor] = dataclasses.field(default_factory=list)  # (B,) each, in call order
     readouts: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # the latest, by target
+    seconds_added: float | None = None  # by guidance; None where no plain step tells
+    guided: set[int] = dataclasses.field(default_factory=set)  # steps
+    skipped: dict[str, int] = dataclasses.field(default_factory=dict)  # planned steps that could not be, by the reason
 
     def begin(self, guider: Any, objective: Objective, noise: Tensor, denoise_mask: Tensor | None, seed: int | None) -> None:
         """Set what is known once the model is loaded."""
@@ -69,109 +87,188 @@ class Run:
     def use_graph(self, graph: Graph, guider: Any) -> None:
         self.graph, self.scope = graph, GradientScope(guider.inner_model.diffusion_model, graph)
 
-    def reader(self, x: Tensor, **settings: Any) -> BranchReader:
+    def reader(self, x: Tensor, planned: PlannedStep, **settings: Any) -> BranchReader:
         assert self.objective is not None
-        return BranchReader(self.backbone, self.objective, x, scope=self.scope, **settings)
+        return BranchReader(self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, **settings)
+
+    def move(self, move: Tensor) -> None:
+        assert self.frame is not None
+        self.frame.move(move)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True)
 class ModelCall:
-    """One call of the model by the sampler; ``predict`` carries it out, with options that may differ from its own."""
+    """One call of the model by the sampler; ``predict(options, x)`` carries it out, with options and x that may differ from
+    its own."""
 
     guider: Any
     x: Tensor
     timestep: Tensor
     options: Options
-    predict: Callable[[Options], Tensor]
+    predict: Callable[[Options, Tensor], Tensor]
 
-    def run(self, reader: BranchReader, branches: Sequence[int], x: Tensor | None = None) -> dict[int, Tensor]:
-        """The predictions of some branches by themselves, read out by ``reader``."""
-        return reader.run(self.guider, branches, self.x if x is None else x, self.timestep, self.options)
+    def plain(self) -> Tensor:
+        """As the sampler asked for it."""
+        return self.predict(self.options, self.x)
+
+    def read(self, reader: BranchReader, branches: Sequence[int], x: Tensor | None = None) -> BranchReader:
+        """Some branches by themselves, read out by ``reader``; nothing is made of their predictions.
+
+        They run inside the guider's own prediction, where other nodes have set what they need; where one of them (a cache)
+        answers in the model's place, by themselves.
+        """
+        x = self.x if x is None else x
+        bare = {key: value for key, value in self.options.items() if key not in AFTER_BRANCHES}
+        options = reader.install(_without_readers(bare), self.guider, branches, only=True)
+        self.predict(options, x)
+        if not reader.called and self._asks(branches):
+            conds = [self.guider.conds.get("positive"), self.guider.conds.get("negative")]
+            comfy.samplers.calc_cond_batch(self.guider.inner_model, conds, x, self.timestep, options)
+        return reader
+
+    def _asks(self, branches: Sequence[int]) -> bool:
+        """Whether a prompt of these branches is active now."""
+        sigma = float(self.timestep.flatten()[0])
+        conds = [cond for branch in branches for cond in self.guider.conds.get(PROMPTS[branch]) or ()]
+        return any(
+            cond.get("timestep_start", math.inf) >= sigma and cond.get("timestep_end", 0.0) <= sigma for cond in conds
+        )
 
     @property
     def scale(self) -> Tensor:
         """z / x, (B, 1, 1, 1)."""
-        return input_scale(self.guider.inner_model, self.timestep, self.x)
+        return self.scale_at(self.timestep)
+
+    def scale_at(self, sigma: Tensor | float) -> Tensor:
+        """z / x at a noise level, (B, 1, 1, 1)."""
+        sigma = sigma if isinstance(sigma, Tensor) else torch.full_like(self.timestep, sigma)
+        return input_scale(self.guider.inner_model, sigma, self.x)
+
+    def noise_at(self, sigma: Tensor | float) -> Tensor:
+        """The noise's share of z at a noise level, (B, 1, 1, 1) in 0..1."""
+        return sigma * self.scale_at(sigma)
 
 
 def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """A step of the source: the plain prediction, its readouts kept."""
-    reader = run.reader(call.x)
+    reader = run.reader(call.x, planned)
     run.source.latents[planned.step] = call.x.to("cpu", copy=True)  # the sampler may go on to change it in place
-    denoised = call.predict(reader.install(call.options))
+    denoised = call.predict(reader.install(call.options, call.guider), call.x)
     for branch in _branches(run, call):
         if branch not in reader.found:  # not part of the plain prediction (cfg 1)
-            call.run(reader, (branch,))
-        model = call.guider.inner_model
-        run.source.keep((planned.step, branch), reader.found[branch], model.manual_cast_dtype or model.get_dtype())
+            call.read(reader, (branch,))
+        if branch in reader.found:
+            model = call.guider.inner_model
+            run.source.keep((planned.step, branch), reader.found[branch], model.manual_cast_dtype or model.get_dtype())
     return denoised
 
 
 def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """fast and norm_ratio: one pass of the conditional branch gives both the gradient and the prediction.
 
-    x moves against the gradient; the noise that the model saw in x is kept, so the prediction moves with it.
+    The prediction is of x as it was, and x moves against the gradient where the sampler goes from here. (So the noise that
+    the model saw in x is kept; of a flow model, the velocity.) Of several moves only the last one's pass predicts.
     """
-    x, scale = call.x, call.scale
-    reader, predictions = _read_guided(run, planned, (CONDITIONAL,), call)
-    prediction = predictions[CONDITIONAL]
-    run.losses.append(reader.loss())
-    run.readouts = reader.readouts
-    denoised = call.predict(_reusing(prediction, call, run.graph) if reader.whole else call.options)
-    length: float | Tensor = planned.length
+    call = _held(run, planned, call)
+    for _ in range(planned.moves - 1):
+        reader, _nothing = _read_guided(run, planned, (CONDITIONAL,), call)
+        if not _noted(run, planned, reader, (CONDITIONAL,)):
+            return call.plain()
+        call = _moved(run, planned, call, reader.gradient, planned.length / planned.moves, planned.lands)
+    reader, denoised = _predict_guided(run, planned, call)
+    if not _noted(run, planned, reader, (CONDITIONAL,)):
+        return denoised
+    length: float | Tensor = planned.length / planned.moves
     if run.settings.mode == "norm_ratio":
-        length = norm_ratio_length(x * scale, _next_z(run, planned, call, denoised), run.settings.strength)
-    move = _inside(rms_step(reader.gradient, length) / scale, run.denoise_mask).to(x.dtype)
-    moved = _kept_still(run, planned, x + move)
-    move = moved - x
-    _move(run, x, moved, scale)
-    if run.sigmas[planned.step + 1] == 0:  # no later step would take up the move: predict once more, from where x is now
-        return call.predict(call.options)
-    return denoised + move
+        length = norm_ratio_length(call.x * call.scale, _next_z(run, planned, call, denoised), run.settings.strength)
+    if bool((call.noise_at(planned.lands) < torch.as_tensor(length, device=call.x.device)).any()):
+        # Too little noise is left there for the model to answer the move: predict once more, from where x is now.
+        return _moved(run, planned, call, reader.gradient, length, planned.sigma).plain()
+    move = _move(run, planned, call, reader.gradient, length, planned.lands)
+    lands = call.scale_at(planned.lands)
+    assert run.frame is not None
+    run.frame.move_next(lambda sigma: move * (lands / call.scale_at(sigma.flatten()[:1].expand(len(move)))))
+    return denoised
 
 
-def _reusing(prediction: Tensor, call: ModelCall, graph: Graph) -> Options:
-    """Options under which the call's positive prompt is not run again: its prediction is there already.
+def _moved(
+    run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float
+) -> ModelCall:
+    """The call from where x is after a move."""
+    moved = call.x + _move(run, planned, call, gradient, length, lands)
+    run.move(moved - call.x)
+    return dataclasses.replace(call, x=moved)
 
-    Other prompts run with the attention kernels that it ran with, so that cfg multiplies no difference between kernels.
-    """
-    positive, used = call.guider.conds["positive"], False
 
-    def calc(calculate: Any, model: Any, conds: list, x: Tensor, *args: Any) -> list[Tensor]:
-        nonlocal used  # other nodes (PAG, for one) run the same prompt again to another end
-        if used or x is not call.x or conds[0] is not positive:
-            return calculate(model, conds, x, *args)
-        used = True
-        return [prediction, *calculate(model, [None, *conds[1:]], x, *args)[1:]]
+def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float) -> Tensor:
+    """The move of x against the gradient, so long in z where it lands, though never longer than the noise there."""
+    strengths = run.settings.strengths_at(planned.percent, len(call.x))
+    length = torch.minimum(torch.as_tensor(length, device=call.x.device), call.noise_at(lands))
+    length = length if strengths is None else length * strengths.to(call.x.device)
+    move = rms_step(gradient, length) / call.scale_at(lands)
+    return _inside(run, move).to(call.x.dtype)
 
-    options = comfy.model_patcher.create_model_options_clone(call.options)
-    add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
-    options["transformer_options"].setdefault("optimized_attention_override", ATTENTION[graph])
-    return options
+
+def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[BranchReader, Tensor]:
+    """The prediction, and a reader that read its positive prompt on the way."""
+
+    def predict(reader: BranchReader) -> Tensor:
+        if _without_readers(call.options) is not call.options:  # another guidance reads this call: each by itself
+            call.read(reader, (CONDITIONAL,))
+            return call.plain()
+        denoised = call.predict(reader.install(call.options, call.guider, (CONDITIONAL,)), call.x)
+        if not reader.called:  # a cache answered in the model's place
+            call.read(reader, (CONDITIONAL,))
+        return denoised
+
+    return _with_light_graph_if_needed(run, planned, (CONDITIONAL,), call, predict)
+
+
+def _read_guided(
+    run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall
+) -> tuple[BranchReader, BranchReader]:
+    """A reader that read guided branches by themselves."""
+    return _with_light_graph_if_needed(run, planned, branches, call, lambda reader: call.read(reader, branches))
 
 
 def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -> Tensor:
     """z where a deterministic step of the schedule would take x."""
-    next_sigma = torch.full_like(call.timestep, run.sigmas[planned.step + 1])
+    next_sigma = run.sigmas[planned.step + 1]
     ratio = (next_sigma / call.timestep).view(-1, 1, 1, 1)
-    return (denoised + (call.x - denoised) * ratio) * input_scale(call.guider.inner_model, next_sigma, call.x)
+    return (denoised + (call.x - denoised) * ratio) * call.scale_at(next_sigma)
 
 
 def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """The paper's step: AdamW on z with the loss of both branches, then the plain prediction at the moved latent."""
-    x, scale, before = call.x, call.scale, call.x.clone()
+    call = _held(run, planned, call)
+    x, scale, lands = call.x, call.scale, call.scale_at(planned.lands)
+    strengths = run.settings.strengths_at(planned.percent, len(x))
     with torch.inference_mode(False):
-        update = ReferenceUpdate(before.clone() * scale.clone(), run.settings.strength)
+        z = x.clone() * scale.clone()
+        update = ReferenceUpdate(z, run.settings.strength)
     branches = _branches(run, call)
     for _ in range(run.settings.iterations):
-        reader, _ = _read_guided(run, planned, branches, call)
-        run.losses += [reader.loss(branch) for branch in branches]
-        run.readouts = reader.readouts
+        reader, _read = _read_guided(run, planned, branches, call)
+        if not _noted(run, planned, reader, branches):
+            break
         with torch.inference_mode(False):
-            z = update.step(reader.gradient)
-        moved = before + _inside(z / scale - before, run.denoise_mask).to(x.dtype)
-        _move(run, x, _kept_still(run, planned, moved), scale)
-    return call.predict(call.options)
+            move = (update.step(reader.gradient) - z) / lands.clone()
+        move = move if strengths is None else move * strengths.to(x.device)
+        call = dataclasses.replace(call, x=x + _inside(run, move).to(x.dtype))
+    run.move(call.x - x)
+    return call.plain()
+
+
+def _noted(run: Run, planned: PlannedStep, reader: BranchReader, branches: Sequence[int]) -> bool:
+    """Whether the reader has read what guides; keeps the losses, or the reason why not."""
+    if not reader.guides:
+        reason = NOTHING_ACTIVE if not reader.called else STRANGE.format(*(reader.strange or (0, 0)))
+        run.skipped[reason] = run.skipped.get(reason, 0) + 1
+        return False
+    run.losses += [reader.loss(branch) for branch in branches if reader.has(branch)]
+    run.readouts = reader.readouts
+    run.guided.add(planned.step)
+    return True
 
 
 def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
@@ -181,13 +278,15 @@ def _branches(run: Run, call: ModelCall) -> tuple[int, ...]:
     return (CONDITIONAL,)
 
 
-def _read_guided(
-    run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall
-) -> tuple[BranchReader, dict[int, Tensor]]:
-    """Guided branches, read out, and their predictions. Without the memory for it, once more with the light graph."""
+def _with_light_graph_if_needed(
+    run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall,
+    work: Callable[[BranchReader], Result],
+) -> tuple[BranchReader, Result]:  # fmt: skip
+    """A reader of guided branches and what ``work`` makes of it. Without the memory for it, once more with the light
+    graph."""
     try:
         reader = _guided_reader(run, planned, branches, call)
-        return reader, call.run(reader, branches)
+        return reader, work(reader)
     except Exception as error:
         if run.graph == "light" or not is_out_of_memory(error):
             raise
@@ -195,7 +294,7 @@ def _read_guided(
     run.use_graph("light", call.guider)
     comfy.model_management.soft_empty_cache()
     reader = _guided_reader(run, planned, branches, call)
-    return reader, call.run(reader, branches)
+    return reader, work(reader)
 
 
 def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call: ModelCall) -> BranchReader:
@@ -205,46 +304,55 @@ def _guided_reader(run: Run, planned: PlannedStep, branches: Sequence[int], call
         source = run.source.step((planned.step, branch), call.x.device)
         for i in sorted(set(run.references) & set(planned.active)):
             step = _reference(run, planned, branch, i, call)
-            readouts = {**({} if source is None else source.readouts), **step.readouts}
-            source = dataclasses.replace(source or step, readouts=readouts)
+            if step is not None:
+                readouts = {**({} if source is None else source.readouts), **step.readouts}
+                source = dataclasses.replace(source or step, readouts=readouts)
         if source is not None:
             sources[branch] = source
-    return run.reader(call.x, active=planned.active, sources=sources)
+    return run.reader(call.x, planned, active=planned.active, sources=sources)
 
 
-def _reference(run: Run, planned: PlannedStep, branch: int, i: int, call: ModelCall) -> SourceStep:
-    """What target i's head reads in its reference, noised to this step."""
+def _reference(run: Run, planned: PlannedStep, branch: int, i: int, call: ModelCall) -> SourceStep | None:
+    """What target i's head reads in its reference, noised to this step; None where no prompt is active."""
     key = (planned.step, branch, i)
     if key not in run.reference_steps:
         sampling = call.guider.inner_model.model_sampling
         noised = sampling.noise_scaling(call.timestep[:1], run.noise, run.references[i], False)
-        reader = run.reader(call.x, recorded=(i,))
-        call.run(reader, (branch,), noised)
-        run.reference_steps[key] = reader.found[branch]
+        found = call.read(run.reader(noised, planned, recorded=(i,)), (branch,), noised).found
+        if branch not in found:
+            return None
+        run.reference_steps[key] = found[branch]
     return run.reference_steps[key]
 
 
-def _move(run: Run, x: Tensor, moved: Tensor, scale: Tensor) -> None:
-    """Move x, and the sampler's own latent where that is another tensor, in place and by the same amount."""
-    steps = run.steps
-    assert steps is not None
-    if steps.moved_afterwards:
-        waiting = (moved - x) * scale
-        steps.waiting_move = waiting if steps.waiting_move is None else steps.waiting_move + waiting
-    elif steps.latent is not None and steps.latent is not x:
-        steps.latent += moved - x
-    x.copy_(moved)
+def _without_readers(options: Options) -> Options:
+    """Options without the readers of another guidance; the same object if there are none."""
+    wrappers = options.get("transformer_options", {}).get("wrappers", {})
+    kinds = [kind for kind in (WrappersMP.APPLY_MODEL, WrappersMP.CALC_COND_BATCH) if READER in wrappers.get(kind, {})]
+    if not kinds:
+        return options
+    options = comfy.model_patcher.create_model_options_clone(options)
+    for kind in kinds:
+        wrappers = options["transformer_options"]["wrappers"]
+        wrappers[kind] = {key: value for key, value in wrappers[kind].items() if key != READER}
+    return options
 
 
-def _kept_still(run: Run, planned: PlannedStep, x: Tensor) -> Tensor:
-    """x with the source's latent where a drag's mask lets nothing move."""
+def _held(run: Run, planned: PlannedStep, call: ModelCall) -> ModelCall:
+    """The call with the source's latent where a drag's mask lets nothing move."""
     assert run.objective is not None
     movable, source = run.objective.movable, run.source.latents.get(planned.step)
     if movable is None or source is None:
-        return x
-    source = source.to(x)
-    return source + (x - source) * movable.to(x.dtype)
+        return call
+    source = source.to(call.x)
+    held = source + (call.x - source) * movable.to(call.x.dtype)
+    run.move(held - call.x)
+    return dataclasses.replace(call, x=held)
 
 
-def _inside(move: Tensor, denoise_mask: Tensor | None) -> Tensor:
-    return move if denoise_mask is None else move * denoise_mask.to(move.dtype)
+def _inside(run: Run, move: Tensor) -> Tensor:
+    """A move where there is one to be made: of what is denoised, and of what a drag's mask lets move."""
+    movable = None if run.objective is None else run.objective.movable
+    for mask in (run.denoise_mask, movable):
+        move = move if mask is None else move * mask.to(move.dtype)
+    return move

@@ -15,6 +15,7 @@ from typing import Any
 import comfy.ops
 import torch
 from comfy.ldm.modules.attention import GEGLU, BasicTransformerBlock
+from comfy.rmsnorm import RMSNorm, rms_norm  # torch's, or ComfyUI's own beside a torch that has none
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ from .saved_tensors import other_nodes
 
 Forward = Callable[..., Any]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_NORMS = (nn.GroupNorm, nn.LayerNorm)
+_NORMS = (nn.GroupNorm, nn.LayerNorm, RMSNorm)
 _LAYERS = (nn.Linear, *_NORMS, *_CONVOLUTIONS)
 #: What ComfyUI's quantised linear layers multiply their outputs, or their inputs, with.
 _SCALES = ("scale_weight", "pre_quant_scale")
@@ -112,6 +113,8 @@ class _FrozenLayer(torch.autograd.Function):
                 scale, shift = (None if t is None else plain(t).to(x.dtype) for t in (weight, bias))
                 if isinstance(module, nn.GroupNorm):
                     y = F.group_norm(x, module.num_groups, scale, shift, module.eps)
+                elif isinstance(module, RMSNorm):
+                    y = rms_norm(x, scale, module.eps)
                 else:
                     y = F.layer_norm(x, module.normalized_shape, scale, shift, module.eps)
             return torch.autograd.grad(y, x, gradient)[0], None, None

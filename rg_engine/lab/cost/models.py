@@ -123,12 +123,13 @@ def zero_latent(shape: Shape, pictures: int) -> Tensor:
     return torch.zeros(pictures, shape.config["in_channels"], shape.cells, shape.cells)
 
 
-def randomise(network: nn.Module) -> None:
-    """Weights of a sensible size for ComfyUI's uninitialised layers."""
-    generator = torch.Generator(next(network.parameters()).device).manual_seed(0)
+def randomise(network: nn.Module, *, seed: int = 0, scale: float = 0.8) -> None:
+    """Weights for ComfyUI's uninitialised layers: a layer's outputs are about ``scale`` times as large as its inputs."""
+    device = next(network.parameters()).device
+    generator = torch.Generator(device).manual_seed(seed)
     for name, p in network.named_parameters():
         p.requires_grad_(False)
         if p.ndim > 1:
-            p.normal_(std=0.8 / p[0].numel() ** 0.5, generator=generator)
+            p.copy_(torch.randn(p.shape, generator=generator, device=device) * (scale / p[0].numel() ** 0.5))
         else:
             p.fill_(1.0 if name.endswith("weight") else 0.0)

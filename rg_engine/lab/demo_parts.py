@@ -1,28 +1,29 @@
 """Trains the demo model's parts on the demo world: the autoencoder, the denoiser with its text encoder, the estimator.
 
-Every loop resumes from its checkpoint, logs a JSON line now and then, and runs on whatever device it is given. The
-denoiser is handed in by the caller (it is ComfyUI's own UNet, which this floor doesn't know).
+Every training resumes from its checkpoint, logs a JSON line now and then, and runs on whatever device it is given. The
+denoiser is handed in by the caller: nothing here imports ComfyUI, so that processes can draw pictures without it.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
-import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import autoencoder, estimator, render, text, world
+from ..demo import autoencoder, estimator, render, text, world
+from ..training.loop import LoopSettings, Progress, Training
 
+LOG_EVERY_S = 20.0
 SIZE_PX = 128
 PARTS = ("pictures", "autoencoder", "latents", "denoiser", "estimator", "heads")
 
@@ -63,11 +64,12 @@ def train_autoencoder(data: Path, out: Path, steps: int, batch: int = 16, device
     model = autoencoder.Autoencoder().to(device)
     pictures = _load(data, "images")
 
-    def compute_loss(step: int) -> Tensor:
+    def draw(step: int) -> Iterator[tuple[Tensor, Tensor]]:
         rng = np.random.default_rng([21, step])
-        return autoencoder.loss(model, _as_input(pictures[rng.integers(len(pictures), size=batch)], device))
+        x = _as_input(pictures[rng.integers(len(pictures), size=batch)], device)
+        yield x, 0.1 * _latent_noise(batch, step, device)
 
-    _loop(model, compute_loss, out, steps, learning_rate=2e-3)
+    _train(model, draw, partial(autoencoder.loss, model), out, _settings(steps, 2e-3), batch, device)
     model.normalise(_as_input(pictures[:512], device))
     _save(out, model)
 
@@ -103,18 +105,20 @@ def train_denoiser(
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0).float().to(device)
 
-    def compute_loss(step: int) -> Tensor:
+    def draw(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
         generator = torch.Generator(device).manual_seed(step)
-        draw = partial(torch.rand, batch, generator=generator, device=device)
-        pick = (draw() * len(latents)).long()
-        x0, words = latents[pick].float(), tokens[pick] * (draw() >= 0.12)[:, None]  # 0 is padding: no caption
-        t = ((draw() + torch.arange(batch, device=device)) / batch * 1000).long().clamp(max=999)
+        chance = partial(torch.rand, batch, generator=generator, device=device)
+        pick = (chance() * len(latents)).long()
+        x0, words = latents[pick].float(), tokens[pick] * (chance() >= 0.12)[:, None]  # 0 is padding: no caption
+        t = ((chance() + torch.arange(batch, device=device)) / batch * 1000).long().clamp(max=999)
         noise = torch.randn(x0.shape, generator=generator, device=device)
         a, s = alpha_bar[t].sqrt()[:, None, None, None], (1 - alpha_bar[t]).sqrt()[:, None, None, None]
-        z, v = a * x0 + s * noise, a * noise - s * x0
+        yield a * x0 + s * noise, t, words, a * noise - s * x0
+
+    def compute_loss(z: Tensor, t: Tensor, words: Tensor, v: Tensor) -> Tensor:
         return nn.functional.mse_loss(predict(z, t, words).float(), v)
 
-    _loop(model, compute_loss, out, steps, learning_rate)
+    _train(model, draw, compute_loss, out, _settings(steps, learning_rate), batch, device)
 
 
 def train_estimator(
@@ -124,17 +128,20 @@ def train_estimator(
     net = estimator.Estimator().to(device)
     pictures, depth, joints = _load(data, "images"), _load(data, "depth"), _load(data, "joints")
 
-    def compute_loss(step: int) -> Tensor:
+    def draw(step: int) -> Iterator[tuple[Tensor, ...]]:
         rng = np.random.default_rng([23, step])
         pick = rng.integers(len(pictures), size=batch)
-        x = _as_input(pictures[pick], device)
-        with torch.no_grad():
-            z = model.encode(x[: batch // 2])
-            rebuilt = model.decode(z + 0.15 * rng.random() * torch.randn_like(z)).clamp(-1, 1)
-            x = torch.cat([rebuilt, x[batch // 2 :]])
-        return estimator.loss(net(x), torch.from_numpy(joints[pick]).to(device), torch.from_numpy(depth[pick]).to(device))
+        noise = 0.15 * rng.random() * _latent_noise(batch // 2, step, device)
+        truth = (torch.from_numpy(values[pick]).to(device) for values in (joints, depth))
+        yield _as_input(pictures[pick], device), noise, *truth
 
-    _loop(net, compute_loss, out, steps, learning_rate=2e-3)
+    def compute_loss(x: Tensor, noise: Tensor, joints: Tensor, depth: Tensor) -> Tensor:
+        half = len(noise)
+        with torch.no_grad():
+            rebuilt = model.decode(model.encode(x[:half]) + noise).clamp(-1, 1)
+        return estimator.loss(net(torch.cat([rebuilt, x[half:]])), joints, depth)
+
+    _train(net, draw, compute_loss, out, _settings(steps, 2e-3), batch, device)
 
 
 def _load(data: Path, key: str, prefix: str = "pictures") -> np.ndarray:
@@ -149,72 +156,51 @@ def _as_input(images: np.ndarray, device: str) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-def _loop(
-    model: nn.Module,
-    compute_loss: Callable[[int], Tensor],
-    out: Path,
-    steps: int,
-    learning_rate: float,
-    every_s: float = 120.0,
-) -> None:
-    """AdamW with warm-up and cosine decay, bf16 autocast, EMA; saves the EMA and resumes from ``out``.state."""
-    device = next(model.parameters()).device.type
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=learning_rate, weight_decay=0.01, betas=(0.9, 0.99), fused=device == "cuda"
+def _latent_noise(count: int, step: int, device: str) -> Tensor:
+    """For latents of pictures, the same for the same step."""
+    cells = SIZE_PX // autoencoder.DOWNSCALE
+    noise = torch.randn(count, autoencoder.LATENT_CHANNELS, cells, cells, generator=torch.Generator().manual_seed(step))
+    return noise.to(device)
+
+
+def _settings(steps: int, learning_rate: float) -> LoopSettings:
+    return LoopSettings(
+        steps=steps, learning_rate=learning_rate, warm_up=300, ema=0.9985, young_ema=True, clip=1.0, betas=(0.9, 0.99),
+        weight_decay=0.01, precision="bf16",
+    )  # fmt: skip
+
+
+def _train(
+    model: nn.Module, draw: Callable[[int], Iterator[tuple[Tensor, ...]]], compute_loss: Callable[..., Tensor], out: Path,
+    settings: LoopSettings, batch: int, device: str,
+) -> None:  # fmt: skip
+    """Train ``model``, which becomes its moving average, and save that; goes on from ``out``.state, logs to ``out``.log."""
+    facts = {"weights": sum(p.numel() for p in model.parameters()), "batch": batch, **dataclasses.asdict(settings)}
+    training = Training(
+        model, draw, compute_loss, settings, name=out.stem, facts=facts, device=device, checkpoint=out.with_suffix(".state")
     )
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=_moving_average)
-    state_path, start = out.with_suffix(".state"), 0
-    out.parent.mkdir(parents=True, exist_ok=True)
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
-        average.load_state_dict(state["average"])
-        start = state["step"]
-    model.train()
-    losses: list[Tensor] = []
-    saved = logged = time.monotonic()
-    for step in range(start, steps):
-        rate = learning_rate * min(1.0, (step + 1) / 300) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        for group in optimiser.param_groups:
-            group["lr"] = rate
-        with torch.autocast(device, torch.bfloat16):
-            loss = compute_loss(step)
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        average.update_parameters(model)
-        losses.append(loss.detach())
+    losses: list[float] = []
+    logged = time.monotonic()
+
+    def report(progress: Progress) -> None:
+        nonlocal logged
+        losses.append(progress.loss)
         now = time.monotonic()
-        if now - logged > 20 or step == steps - 1:
+        if now - logged > LOG_EVERY_S or progress.step == progress.steps:
             line = {
-                "step": step + 1,
-                "loss": round(float(torch.stack(losses).mean()), 5),
+                "step": progress.step,
+                "loss": round(float(np.mean(losses)), 5),
                 "steps_per_s": round(len(losses) / (now - logged), 2),
             }
             with open(out.with_suffix(".log"), "a", encoding="utf-8") as log:
                 log.write(json.dumps(line) + "\n")
-            losses, logged = [], now
-        if now - saved > every_s or step == steps - 1:
-            state = {
-                "model": model.state_dict(),
-                "optimiser": optimiser.state_dict(),
-                "average": average.state_dict(),
-                "step": step + 1,
-            }
-            torch.save(state, state_path.with_suffix(".partial"))
-            os.replace(state_path.with_suffix(".partial"), state_path)
-            _save(out, average.module)
-            saved = now
-    model.load_state_dict(average.module.state_dict())
+            _save(out, training.best())
+            losses.clear()
+            logged = now
 
-
-@torch.no_grad()
-def _moving_average(averages: Any, values: Any, count: Tensor | int) -> None:
-    """EMA of 0.9985 that forgets the first steps quickly."""
-    count = int(count)
-    torch._foreach_lerp_(averages, values, 1 - min(0.9985, (1 + count) / (10 + count)))
+    training.run(report)
+    model.load_state_dict(training.best().state_dict())
+    _save(out, model)
 
 
 def _save(out: Path, model: nn.Module) -> None:

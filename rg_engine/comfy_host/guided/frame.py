@@ -1,0 +1,116 @@
+"""Moves reach every sampler: they are carried beside its latent, which stays the sampler's own.
+
+A sampler may keep its latent to itself, call the model on copies, several times a step, or remember predictions of steps
+before. So nothing is written into its tensors, and its predictions are the model's own. The model sees x = y + offset, where
+y is the sampler's latent and the offset what y would have if the sampler had moved along: every sampler's next latent is
+
+    y' = a y + b_0 D + b_1 D_1 + ... + noise        D, D_1, ...: the latest predictions
+
+so an offset of y becomes one of a times as much. How much a is (sigma' / sigma in a deterministic step, less where noise is
+renewed) is seen from y' itself, by least squares: no sampler has to be known by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import itertools
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Samplers remember at most so many predictions.
+REMEMBERED = 5
+
+
+class Frame:
+    """The offset in one pass of a sampler. shape: of its latent."""
+
+    def __init__(self, shape: Sequence[int] = ()) -> None:
+        self._shape = tuple(shape)
+        self._offset: Tensor | None = None  # x - y, (B, C, H, W)
+        self._coming: Callable[[Tensor], Tensor] | None = None  # the next call's move, by its sigma
+        self._y: Tensor | None = None  # at the latest call, and its noise level
+        self._sigma: Tensor | None = None
+        self._predictions: deque[Tensor] = deque(maxlen=REMEMBERED)
+        self.apart = 0  # calls of another shape: the sampler cuts its latent up itself
+
+    def move(self, move: Tensor) -> None:
+        """x has moved by so much; the prediction that follows is made there."""
+        self._offset = move if self._offset is None else self._offset + move
+
+    def move_next(self, move: Callable[[Tensor], Tensor]) -> None:
+        """x moves by ``move(sigma)`` where the sampler goes from here, at whatever sigma that is."""
+        self._coming = move
+
+    def of(self, y: Tensor) -> Tensor:
+        """x, for the sampler's latent at the latest call."""
+        return y if self._offset is None else y + self._offset.to(y)
+
+    def call(self, model: Any, y: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        """The sampler's call of the model."""
+        if self._shape and tuple(y.shape) != self._shape:
+            self.apart += 1
+            return model(y, sigma, **kwargs)
+        denoised = model(self._arrived(y, sigma), sigma, **kwargs)
+        self._y, self._sigma = y.clone(), sigma
+        self._predictions.appendleft(denoised.clone())
+        return denoised
+
+    def end(self, y: Tensor, sigma: float) -> Tensor:
+        """The sampler's result at the schedule's last sigma, moved."""
+        return y if sigma == 0 else self._arrived(y, y.new_full((len(y),), sigma))
+
+    def _arrived(self, y: Tensor, sigma: Tensor) -> Tensor:
+        if self._offset is not None and self._y is not None and self._sigma is not None:
+            most = max(1.0, float((sigma / self._sigma).max()))  # a call may look ahead, and the next one come back
+            self._offset = self._offset * share_of(self._y, self._predictions, y).clamp(0.0, most).to(y)
+        if self._coming is not None:
+            self.move(self._coming(sigma).to(y))
+            self._coming = None
+        return self.of(y)
+
+
+def share_of(before: Tensor, predictions: Sequence[Tensor] | deque[Tensor], after: Tensor) -> Tensor:
+    """How many times the latent ``before`` is in ``after``, beside the predictions, the latest first."""
+    device = before.device if before.device.type != "mps" else torch.device("cpu")  # which has no fp64
+    x, *known, y = (each.to(device, torch.float64).flatten() for each in (before, *predictions, after))
+    rows = torch.stack([x, *(a - b for a, b in itertools.pairwise(known)), known[-1]])  # differences: predictions are alike
+    gram, target = (rows @ rows.T).cpu(), (rows @ y).cpu()
+    size = gram.diagonal().clamp_min(1e-30).rsqrt()
+    inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
+    return (inverse @ (target * size))[0] * size[0]
+
+
+def framed(sampler: Any, frame: Callable[[], Frame | None], last_sigma: float) -> Any:
+    """A copy of a KSAMPLER that works in ``frame()``; samplers of other kinds as they are (see :class:`FramedModel`)."""
+    function = getattr(sampler, "sampler_function", None)
+    if function is None:
+        return sampler
+
+    @functools.wraps(function)
+    def sample(model: Any, *args: Any, **kwargs: Any) -> Tensor:
+        now = frame()
+        if now is None:
+            return function(model, *args, **kwargs)
+        return now.end(function(FramedModel(model, now), *args, **kwargs), last_sigma)
+
+    shown = copy.copy(sampler)
+    shown.sampler_function = sample
+    return shown
+
+
+class FramedModel:
+    """The model as a sampler calls it, in a frame; everything else of it is the model's own."""
+
+    def __init__(self, model: Any, frame: Frame) -> None:
+        self._model, self._frame = model, frame
+
+    def __call__(self, x: Tensor, sigma: Tensor, **kwargs: Any) -> Tensor:
+        return self._frame.call(self._model, x, sigma, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
