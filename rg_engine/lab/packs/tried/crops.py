@@ -71,7 +71,7 @@ def _upscaled(
     before = bench.decode(bench.ksampler(guide(bench.model) if guided_before else bench.model))
     large = before.movedim(-1, 1)
     large = torch.nn.functional.interpolate(large, (size, size), mode="bilinear").clamp(0, 1).movedim(1, -1)
-    positive = following_crops(bench.positive)
+    positive = following_crops(bench.positive, large)
     given = {"seed": SEED + 1, "steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal",
              "denoise": denoise, "mode_type": "Linear", "tile_width": 128, "tile_height": 128, "mask_blur": 4,
              "tile_padding": 16, "seam_fix_mode": "None", "seam_fix_denoise": 0.5, "seam_fix_width": 32,
@@ -133,7 +133,7 @@ def _detailed(
     mask = torch.zeros(1, 128, 128)
     mask[:, top:bottom, left:right] = 1
     segs = node("MaskToSEGS", mask=mask, combined=False, crop_factor=crop_factor, bbox_fill=False, drop_size=1)
-    positive = following_crops(bench.positive)
+    positive = following_crops(bench.positive, before)
     given = {**SAMPLING, "seed": SEED + 1, "guide_size": 128.0, "guide_size_for": False, "max_size": 128.0,
              "denoise": denoise, "feather": 0, "noise_mask": noise_mask, "force_inpaint": True, "wildcard": "",
              "cycle": cycle, "noise_mask_feather": 0}  # fmt: skip
@@ -203,7 +203,7 @@ def _regional(bench: Bench, guide: Guide) -> Tensor:
 
 def _iterative(bench: Bench, guide: Guide) -> Tensor:
     before = bench.decode(bench.ksampler(guide(bench.model)))
-    positive, made = following_crops(bench.positive), []
+    positive, made = following_crops(bench.positive, before), []
     for k in range(bench.pictures):
         model = guide(bench.model, bench.target(k, end_percent=LATE))
         upscaler = node(
