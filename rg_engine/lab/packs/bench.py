@@ -32,9 +32,9 @@ def guided(model: Any, target: Target, settings: GuidanceSettings) -> Any:
     return guide(model, target, settings)
 
 
-def following_crops(positive: Any) -> Any:
-    """A prompt under which controls follow crops, where this extension has a node for it."""
-    return node("RG_FollowCrops", conditioning=positive) if has_node("RG_FollowCrops") else positive
+def following_crops(positive: Any, picture: Tensor) -> Any:
+    """A prompt under which controls follow crops of ``picture`` (B, H, W, 3), where this extension has a node for it."""
+    return node("RG_FollowCrops", positive=positive, image=picture) if has_node("RG_FollowCrops") else positive
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -66,7 +66,12 @@ def load_pack(path: Path) -> str:
             nodes.NODE_CLASS_MAPPINGS.setdefault(node_id, node)
     reasons = [line for line in kept.lines if "Error while" in line or "Cannot import" in line]
     reason = reasons[-1] if reasons else "no reason was given"
-    return re.sub(re.escape(str(path)), path.name, reason.partition(": ")[2] or reason)
+    return without_paths(reason.partition(": ")[2] or reason)
+
+
+def without_paths(text: str) -> str:
+    """A message with only the names of the files in it."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def modules_of(path: Path) -> Iterator[Any]:

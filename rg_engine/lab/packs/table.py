@@ -69,7 +69,8 @@ def table_row(row: dict[str, Any]) -> str:
 
 def message(row: dict[str, Any]) -> str:
     """What the run said: why it failed, its warnings, and what is odd about it."""
-    said = [row["failed"].partition(": ")[2], *row["said"]]
+    more = [f"and {len(row['said']) - 1} more"] if len(row["said"]) > 1 else []
+    said = [row["failed"].partition(": ")[2], *row["said"][:1], *more]
     if row["from_plain"] == 0 and not row["same"]:
         said.append("unguided it is what KSampler makes: nothing was tried")
     if row["same"] and row["from_plain"] > 1e-3:

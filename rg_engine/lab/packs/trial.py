@@ -16,7 +16,7 @@ from torch import Tensor
 from ...guidance import GuidanceSettings, Target
 from .bench import Bench, Guide, guided
 from .fingerprint import Fingerprint, changed, fingerprint, network_state, patcher_state
-from .loading import Kept
+from .loading import Kept, without_paths
 
 Unit = Literal["px", "readout"]
 #: How an estimator error compares with that of ComfyUI's euler, and a readout's with the unguided one's.
@@ -199,7 +199,7 @@ def _unloaded(bench: Bench) -> Fingerprint:
 
 
 def _words(error: BaseException) -> str:
-    words = " ".join(str(error).split())
+    words = without_paths(" ".join(str(error).split()))
     return f"{type(error).__name__}: {words[:LONGEST_MESSAGE]}"
 
 

@@ -70,7 +70,7 @@ def _patched(bench: Bench, guide: Guide, patch: str, first: bool = False, **inpu
 
 def _renorm(bench: Bench, guide: Guide) -> Tensor:
     """The node takes one picture at a time."""
-    model = node("RenormCFG", model=bench.model, renorm_cfg=0.5)
+    model = node("RenormCFG", model=bench.model)
     return torch.cat([
         bench.ksampler(guide(model, bench.target(k)), latent_image=bench.latent(1), seed=SEED + k)
         for k in range(bench.pictures)
@@ -148,7 +148,7 @@ PROMPTS = (
 )
 
 
-def random_lora(bench: Bench, size: float = 0.8) -> dict[str, Tensor]:
+def random_lora(bench: Bench, size: float = 0.5) -> dict[str, Tensor]:
     """A LoRA of the demo model with random weights that changes its pictures."""
     generator, network = torch.Generator().manual_seed(0), bench.model.model.diffusion_model
     found: dict[str, Tensor] = {}

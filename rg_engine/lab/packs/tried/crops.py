@@ -51,6 +51,10 @@ def ultimate_upscale() -> tuple[Combination, ...]:
     return (
         Combination(nodes="UltimateSDUpscaleNoUpscale", tried="128 px in one tile, denoise 0.8",
                     run=functools.partial(_upscaled, size=128)),
+        Combination(nodes="UltimateSDUpscaleNoUpscale", tried="128 px in one tile, denoise 1",
+                    run=functools.partial(_upscaled, size=128, denoise=1.0)),
+        Combination(nodes="UltimateSDUpscaleNoUpscale", tried="enlarged to 256 px, tiles of 128, denoise 1", unit="readout",
+                    run=functools.partial(_upscaled, size=256, denoise=1.0)),
         Combination(nodes="UltimateSDUpscaleNoUpscale", tried="enlarged to 256 px, tiles of 128, denoise 0.8",
                     run=functools.partial(_upscaled, size=256)),
         Combination(nodes="UltimateSDUpscaleNoUpscale", tried="guided at 128 px, enlarged to 256, tiles of 128, denoise 0.5",
@@ -67,7 +71,7 @@ def _upscaled(
     before = bench.decode(bench.ksampler(guide(bench.model) if guided_before else bench.model))
     large = before.movedim(-1, 1)
     large = torch.nn.functional.interpolate(large, (size, size), mode="bilinear").clamp(0, 1).movedim(1, -1)
-    positive = following_crops(bench.positive)
+    positive = following_crops(bench.positive, large)
     given = {"seed": SEED + 1, "steps": STEPS, "cfg": CFG, "sampler_name": "euler", "scheduler": "normal",
              "denoise": denoise, "mode_type": "Linear", "tile_width": 128, "tile_height": 128, "mask_blur": 4,
              "tile_padding": 16, "seam_fix_mode": "None", "seam_fix_denoise": 0.5, "seam_fix_width": 32,
@@ -75,7 +79,7 @@ def _upscaled(
     made = [
         node(
             "UltimateSDUpscaleNoUpscale", upscaled_image=large[k : k + 1],
-            model=guide(bench.model, bench.target(k, end_percent=LATE)), **{**given, **inputs},
+            model=guide(bench.model, bench.target(k, end_percent=LATE if denoise < 1 else 0.5)), **{**given, **inputs},
         )
         for k in range(bench.pictures)
     ]  # fmt: skip
@@ -90,8 +94,17 @@ def impact() -> tuple[Combination, ...]:
             ("the whole picture", (0, 0, 128, 128), {}),
             ("a box of 112 px enlarged to 128", (8, 16, 120, 128), {}),
             ("a box of 96 px enlarged to 128", (16, 24, 112, 120), {}),
-            ("a box of 96 px, inpainting", (16, 24, 112, 120), {"noise_mask": True}),
+            ("80 px of a box of 96, inpainting", (24, 32, 104, 112), {"noise_mask": True, "crop_factor": 1.2}),
             ("a box of 96 px, two cycles", (16, 24, 112, 120), {"cycle": 2}),
+        )
+    ]  # fmt: skip
+    detailed += [
+        Combination(nodes="MaskToSEGS, DetailerForEach", tried=f"{tried}, denoise 1",
+                    run=functools.partial(_detailed, box=box, denoise=1.0))
+        for tried, box in (
+            ("the whole picture", (0, 0, 128, 128)),
+            ("a box of 112 px enlarged to 128", (8, 16, 120, 128)),
+            ("a box of 96 px enlarged to 128", (16, 24, 112, 120)),
         )
     ]  # fmt: skip
     return (
@@ -111,21 +124,22 @@ SAMPLING = {"seed": SEED, "steps": STEPS, "cfg": CFG, "sampler_name": "euler", "
 
 
 def _detailed(
-    bench: Bench, guide: Guide, box: tuple[int, int, int, int], pipe: bool = False, noise_mask: bool = False, cycle: int = 1
-) -> Tensor:
+    bench: Bench, guide: Guide, box: tuple[int, int, int, int], pipe: bool = False, noise_mask: bool = False, cycle: int = 1,
+    crop_factor: float = 1.0, denoise: float = DENOISE,
+) -> Tensor:  # fmt: skip
     """Pictures in other poses, of which a box (left, top, right, bottom) is cut out, enlarged and painted anew."""
     before = bench.decode(bench.ksampler(bench.model))
     left, top, right, bottom = box
     mask = torch.zeros(1, 128, 128)
     mask[:, top:bottom, left:right] = 1
-    segs = node("MaskToSEGS", mask=mask, combined=False, crop_factor=1.0, bbox_fill=False, drop_size=1)
-    positive = following_crops(bench.positive)
+    segs = node("MaskToSEGS", mask=mask, combined=False, crop_factor=crop_factor, bbox_fill=False, drop_size=1)
+    positive = following_crops(bench.positive, before)
     given = {**SAMPLING, "seed": SEED + 1, "guide_size": 128.0, "guide_size_for": False, "max_size": 128.0,
-             "denoise": DENOISE, "feather": 0, "noise_mask": noise_mask, "force_inpaint": True, "wildcard": "",
+             "denoise": denoise, "feather": 0, "noise_mask": noise_mask, "force_inpaint": True, "wildcard": "",
              "cycle": cycle, "noise_mask_feather": 0}  # fmt: skip
     made = []
     for k in range(bench.pictures):
-        model = guide(bench.model, bench.target(k, end_percent=LATE))
+        model = guide(bench.model, bench.target(k, end_percent=LATE if denoise < 1 else 0.5))
         parts = {"model": model, "clip": bench.world.clip, "vae": bench.world.vae, "positive": positive,
                  "negative": bench.negative}  # fmt: skip
         if pipe:
@@ -189,7 +203,7 @@ def _regional(bench: Bench, guide: Guide) -> Tensor:
 
 def _iterative(bench: Bench, guide: Guide) -> Tensor:
     before = bench.decode(bench.ksampler(guide(bench.model)))
-    positive, made = following_crops(bench.positive), []
+    positive, made = following_crops(bench.positive, before), []
     for k in range(bench.pictures):
         model = guide(bench.model, bench.target(k, end_percent=LATE))
         upscaler = node(

@@ -113,11 +113,7 @@ def kjnodes() -> tuple[Combination, ...]:
         Combination(nodes="ModelPreviewOverrideKJ", tried="without a page", run=_preview, same=True),
         Combination(nodes="DifferentialDiffusionAdvanced", tried="a mask that fades", run=_differential),
         Combination(nodes="InjectNoiseToLatent", tried="a finished picture and noise, denoise 0.8", run=_noise),
-    )
-
-
-def compiled() -> tuple[Combination, ...]:
-    return (
+        # These take minutes where nothing is compiled yet.
         Combination(nodes="TorchCompileModelAdvanced", tried="compiled, then guided", run=_compiled, same=True),
         Combination(nodes="TorchCompileModelAdvanced", tried="guided, then compiled",
                     run=functools.partial(_compiled, first=True), same=True),
