@@ -187,8 +187,14 @@ def test_the_crop_of_prompts_is_that_of_the_first_marked_one():
     assert crop_of([]) is None
     assert crop_of([{"mask": MASK}, {}]) is None
     crop = MASK[:, 256:512, 512:1024]
-    found = crop_of([{}, {"mask": crop, MARK: True}, {"mask": MASK, MARK: True}])
+    found = crop_of([{"mask": crop, MARK: True}, {"mask": MASK, MARK: True}])
     assert distance(found, (512, 256, 1024, 512), (1024, 1024)) < 1e-4
+
+
+def test_prompts_of_which_some_are_not_marked_are_refused():
+    """Without a mask they would outweigh the marked ones."""
+    with pytest.raises(TargetError, match="some of the prompts went through Follow Crops and others did not"):
+        crop_of([{}, {"mask": MASK, MARK: True}])
 
 
 @pytest.mark.parametrize("given", [{}, {"mask": None}, {"mask": torch.ones(1, 64, 64)}, {"mask": torch.ones(1, 0, 8)}])

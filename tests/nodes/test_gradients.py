@@ -496,6 +496,7 @@ def test_a_tiny_loss_does_not_underflow_in_half_precision(dtype):
 
 @GRAPHS
 def test_two_branches_in_one_pass_give_what_they_give_one_by_one(small, graph):
+    import comfy.samplers
     from comfy.patcher_extension import WrappersMP
 
     backbone = engine("comfy_host.loaded.model").backbone_of(small.model)
@@ -507,7 +508,10 @@ def test_two_branches_in_one_pass_give_what_they_give_one_by_one(small, graph):
         for which in ((0, 1), (0,), (1,)):
             scope = scope_of(network, graph)
             reader = engine("comfy_host.guided.branches").BranchReader(backbone, objective(), x, active=(0,), scope=scope)
-            found.append((reader, reader.run(executor.class_obj, which, x, timestep, options)))
+            guider = executor.class_obj
+            conds = [guider.conds["positive"], guider.conds["negative"]]
+            asked = reader.install(options, guider, which, only=True)
+            found.append((reader, comfy.samplers.calc_cond_batch(guider.inner_model, conds, x, timestep, asked)))
         return executor(x, timestep, options, seed)
 
     model = small.model.clone()

@@ -57,9 +57,9 @@ def test_a_batch_of_three_with_one_control_or_three(small, controls, mode):
 def test_a_picture_of_a_batch_is_the_picture_alone(small):
     latent = {"samples": torch.zeros(2, 4, 16, 16)}
     control = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1))
-    both = small.sample(small.target(image=control), latent_image=latent)
+    both = small.sample(small.target(image=control), latent_image=latent, strength=1.0)
     second = {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [1]}
-    alone = small.sample(small.target(image=control[1:]), latent_image=second)
+    alone = small.sample(small.target(image=control[1:]), latent_image=second, strength=1.0)
     effect = alone - small.plain(latent_image=second)
     assert (both[1:] - alone).norm() < 0.05 * effect.norm()  # what is left is rounding, which random weights amplify
 

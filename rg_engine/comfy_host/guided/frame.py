@@ -27,6 +27,8 @@ from torch import Tensor
 PREDICTIONS, LATENTS = 5, 3
 #: What is left of y' beside the latest latent, as a part of it, if it is a matter of rounding.
 ROUNDING = 1e-3
+#: Earlier latents explain much where they leave less than this part of it.
+MUCH = 0.9
 
 
 class Frame:
@@ -86,24 +88,29 @@ class Frame:
 def shares_of(latents: Sequence[Tensor], predictions: Sequence[Tensor], after: Tensor, most: float) -> list[float]:
     """How many times each of the latents, the latest first, is in ``after``, beside the predictions, the latest first.
 
-    The latest latent alone, at most ``most`` times, where it leaves nothing to explain; else it left noise behind, and what
-    the sampler made of earlier ones counts as well.
+    The latest latent alone, at most ``most`` times, unless earlier ones explain much of what it leaves: then the sampler goes
+    back to them, and what it left in between (noise of its stages) is none of theirs.
     """
     device = after.device if after.device.type != "mps" else torch.device("cpu")  # which has no fp64
     known = [each.to(device, torch.float64).flatten() for each in predictions]
     given = [*(a - b for a, b in itertools.pairwise(known)), known[-1]]  # differences: predictions are alike
-    wanted, found = after.to(device, torch.float64).flatten(), [0.0]
-    for count in (1, len(latents)):
+    wanted = after.to(device, torch.float64).flatten()
+
+    def fitted(count: int) -> tuple[list[float], float]:
+        """The shares of so many latents, and how much they and the predictions leave."""
         rows = torch.stack([*(each.to(device, torch.float64).flatten() for each in latents[:count]), *given])
         gram, target = (rows @ rows.T).cpu(), (rows @ wanted).cpu()
         size = gram.diagonal().clamp_min(1e-30).rsqrt()
         inverse = torch.linalg.pinv(gram * size * size[:, None], rtol=1e-10, hermitian=True)
         shares = (inverse @ (target * size)) * size
-        found = [min(max(share, 0.0), most) for share in shares[:1].tolist()] if count == 1 else shares[:count].tolist()
-        left = wanted - shares.to(device) @ rows
-        if float(left.norm()) <= ROUNDING * float(wanted.norm()):
-            break
-    return found
+        return shares[:count].tolist(), float((wanted - shares.to(device) @ rows).norm())
+
+    (share,), left = fitted(1)
+    if len(latents) > 1 and left > ROUNDING * float(wanted.norm()):
+        shares, less = fitted(len(latents))
+        if less < MUCH * left:
+            return shares
+    return [min(max(share, 0.0), most)]
 
 
 def framed(sampler: Any, frame: Callable[[], Frame | None], last_sigma: float) -> Any:
