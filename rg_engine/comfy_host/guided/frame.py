@@ -88,8 +88,8 @@ class Frame:
 def shares_of(latents: Sequence[Tensor], predictions: Sequence[Tensor], after: Tensor, most: float) -> list[float]:
     """How many times each of the latents, the latest first, is in ``after``, beside the predictions, the latest first.
 
-    The latest latent alone, at most ``most`` times, unless earlier ones explain much of what it leaves: then the sampler goes
-    back to them, and what it left in between (noise of its stages) is none of theirs.
+    The latest latent alone, at most ``most`` times, unless earlier ones explain much of what it leaves: then the sampler
+    goes back to them, and what it left in between (noise of its stages) is none of theirs.
     """
     device = after.device if after.device.type != "mps" else torch.device("cpu")  # which has no fp64
     known = [each.to(device, torch.float64).flatten() for each in predictions]

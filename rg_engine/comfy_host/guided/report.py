@@ -15,8 +15,8 @@ from ...guidance.schedule import percent_of
 from .run import Run
 
 log = logging.getLogger("readout_guidance")
-#: A loss that has risen by more than so much is worth a word.
-RISEN = 1.05
+#: A loss that has risen by more than this part of it is worth a word.
+RISEN = 0.05
 PERCENTS = [number / 100 for number in range(101)]
 
 
@@ -43,7 +43,7 @@ def report_run(run: Run) -> None:
         )
     if run.losses and not all(map(torch.isfinite, run.losses[-1])):
         warnings.append("the loss is not finite; pictures with such a loss were not moved")
-    elif run.losses and last > RISEN * first:
+    elif run.losses and last - first > RISEN * abs(first):
         warnings.append(
             f"the loss rose from {first:.4g} to {last:.4g}: try a lower strength, more steps, or less weight on one target"
         )
