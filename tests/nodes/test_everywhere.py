@@ -348,3 +348,32 @@ def test_a_cache_that_answers_in_the_networks_place(small):
     assert torch.isfinite(guided).all()
     kept.clear()
     assert not torch.allclose(guided, small.plain(model=model, steps=11), atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"strength": -1.0}, "strength is -1.0: it must be 0 or more"),
+        ({"mode": "slow"}, "mode 'slow' is unknown"),
+        ({"iterations": 0}, "iterations is 0: it must be 1 or more"),
+    ],
+    ids=["strength", "mode", "iterations"],
+)
+def test_bad_settings_are_refused_before_anything_runs(small, given, message):
+    with pytest.raises(ValueError, match=message):
+        apply(small, **given)
+
+
+def test_drags_in_frames_are_refused(small):
+    points, _ = node(
+        "RG_DragPoints", points=json.dumps({"version": 1, "drags": [{"from": [0.3, 0.3], "to": [0.7, 0.6]}]}), frames=3
+    )
+    with pytest.raises(ValueError, match="set frames of Drag Points to 1 for a guider, or a guided model"):
+        apply(small, small.target("correspondence", drag_points=points))
+
+
+def test_keyframes_for_another_number_of_pictures_are_refused_before_sampling(small):
+    keyframes, _ = node("RG_ReadoutKeyframes", keyframes=["0.0: 1, 1, 1"], interpolation=["linear"])
+    for model in (apply(small, keyframes=keyframes), apply(small, small.target(keyframes=keyframes))):
+        with pytest.raises(ValueError, match="has 3 values but 1 picture is being made: give one value, or one for each"):
+            small.plain(model=model)

@@ -6,7 +6,7 @@ import hashlib
 
 import pytest
 import torch
-from comfyui_host import engine
+from comfyui_host import engine, node
 
 
 class Broken(Exception):
@@ -177,3 +177,49 @@ def test_inputs_are_not_changed(small):
     small.sample(small.target(), latent_image=latent, denoise=0.7)
     for now, then in zip((latent["samples"], small.positive[0][0], small.control), kept, strict=True):
         assert torch.equal(now, then)
+
+
+def on_tiles(model):
+    """Another node that calls the model on its left and its right half."""
+    model = model.clone()
+
+    def wrapper(apply_model, args):
+        halves = args["input"].chunk(2, -1)
+        return torch.cat([apply_model(half, args["timestep"], **args["c"]) for half in halves], -1)
+
+    model.set_model_unet_function_wrapper(wrapper)
+    return model
+
+
+def guided_model(small, way):
+    settings = {"strength": 2.0, "mode": "fast", "iterations": 2, "source_cfg": -1.0}
+    model = on_tiles(small.model) if way == "on tiles" else small.model
+    if way == "keyframes":
+        settings["keyframes"], _ = node("RG_ReadoutKeyframes", keyframes=["0: 1; 0.5: 0.5"], interpolation=["linear"])
+    model = node("RG_ApplyReadoutGuidance", model=model, target=small.target(), **settings)
+    if way == "twice":
+        model = node("RG_ApplyReadoutGuidance", model=model, target=small.target(), **{**settings, "mode": "reference"})
+    return model
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [None, break_head, break_backward, interrupt, run_out_of_memory],
+    ids=lambda f: getattr(f, "__name__", "success"),
+)
+@pytest.mark.parametrize("way", ["applied", "twice", "on tiles", "keyframes"])
+def test_a_guided_model(small, way, stage):
+    """However it is guided, and whatever happens: the next run is as the first, guided or not."""
+    plain, guided = small.plain(), guided_model(small, way)
+    wanted = small.plain(model=guided)
+    before, before_modes = fingerprint(small.model), modes()
+    if stage is not None:
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            stage(small, monkeypatch)
+            with pytest.raises(BaseException) as caught:  # noqa: PT011
+                small.plain(model=guided)
+        assert caught.type.__name__ == RAISED.get(stage, "Broken")
+    assert fingerprint(small.model) == before
+    assert modes() == before_modes
+    assert torch.equal(small.plain(), plain)
+    assert torch.equal(small.plain(model=guided), wanted)
