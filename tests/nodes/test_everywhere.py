@@ -61,14 +61,14 @@ def test_two_parts_of_a_schedule_are_guided_as_the_whole(small):
 
 
 def test_samplercustom(small):
-    from comfy_extras import nodes_custom_sampler as custom
+    import comfy.samplers
+    from comfy_extras.nodes_custom_sampler import SamplerCustom as custom
 
-    model, sampler = apply(small), custom.KSamplerSelect.execute("euler").result[0]
-    sigmas = custom.BasicScheduler.execute(small.model, "normal", 6, 1.0).result[0]
-    guided = custom.SamplerCustom.execute(
-        model, True, 5, 4.0, small.positive, small.negative, sampler, sigmas, small.latent
-    ).result[0]["samples"]
-    torch.testing.assert_close(guided, small.plain(model=model))
+    sampler = comfy.samplers.sampler_object("euler")
+    sigmas = comfy.samplers.calculate_sigmas(small.model.get_model_object("model_sampling"), "normal", 6)
+    inputs = (apply(small), True, 5, 4.0, small.positive, small.negative, sampler, sigmas, small.latent)
+    guided = custom.execute(*inputs).result[0] if hasattr(custom, "execute") else custom().sample(*inputs)[0]
+    torch.testing.assert_close(guided["samples"], small.plain(model=apply(small)))
 
 
 def test_a_pass_of_another_size(small, said):
