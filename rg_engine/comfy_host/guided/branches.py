@@ -183,14 +183,14 @@ class BranchReader:
             return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
         model = executor.class_obj
         network = model.diffusion_model
-        scale = input_scale(model, t, x)
+        scale = input_scale(model, t, x)  # one for all rows of a call
         noise_level = t.expand(x.shape[0]) * scale.view(-1)
         if not self._active:
             with FeatureTap(network, self._backbone) as tap:
                 denoised = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
                 features, emb = tap.take()
             with torch.inference_mode(False), torch.no_grad():
-                whole = Branch(features=features, emb=emb, z=self._x * _of_pictures(scale), noise_level=noise_level)
+                whole = Branch(features=features, emb=emb, z=self._x * scale[:1], noise_level=noise_level)
                 for part in parts:
                     found = self._found.setdefault(branches[part.chunk], {})
                     if part.key not in found:
@@ -211,7 +211,7 @@ class BranchReader:
                 wrappers = {**options.get("wrappers", {}), WrappersMP.DIFFUSION_MODEL: {}}
                 denoised = executor(leaf, *given, {**options, "wrappers": wrappers}, **plain(kwargs))
             features, emb = tap.take()
-            z = self._x.clone() * _of_pictures(scale).clone()
+            z = self._x.clone() * scale[:1].clone()
             whole = Branch(features=features, emb=plain(emb), z=z, noise_level=plain(noise_level))
             self._backward(leaf, whole, parts, branches, scale.clone(), light=scope.graph == "light")
         return denoised.detach()
@@ -263,11 +263,6 @@ class BranchReader:
         for part, gain in zip(parts, gains, strict=True):
             moved = gradient[part.rows].float() / gain / scale[part.rows].float()
             self._gradients.setdefault(branches[part.chunk], []).append((part, moved))
-
-
-def _of_pictures(scale: Tensor) -> Tensor:
-    """The scale of a call's rows (R, 1, 1, 1), which is one for all of them, as (1, 1, 1, 1)."""
-    return scale[:1]
 
 
 def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:

@@ -38,9 +38,8 @@ class Frame:
         self._shape = tuple(shape)
         self._offset: Tensor | None = None  # x - y, (B, C, H, W)
         self._coming: Callable[[Tensor], Tensor] | None = None  # the next call's move, by its sigma
-        self._latents: deque[tuple[Tensor, Tensor | None]] = deque(
-            maxlen=LATENTS
-        )  # y and its offset, the latest call's first
+        #: y and its offset at the latest calls, the last one's first.
+        self._latents: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=LATENTS)
         self._sigma: Tensor | None = None  # of the latest call
         self._predictions: deque[Tensor] = deque(maxlen=PREDICTIONS)
         self.apart = 0  # calls of another shape: the sampler cuts its latent up itself

@@ -29,11 +29,6 @@ class SamplerSteps:
         """Planned steps that did not come."""
         return len(self._pending)
 
-    @property
-    def begun(self) -> int:
-        """Steps that the sampler has reported."""
-        return self._step
-
     def planned(self, at: SupportsFloat) -> PlannedStep | None:
         """The plan for the model call at a sigma, if it is to be guided; steps that were passed over count as one.
 

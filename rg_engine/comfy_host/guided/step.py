@@ -41,9 +41,10 @@ def source_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     for branch in _branches(run, call):
         if branch not in reader.found:  # not part of the plain prediction (cfg 1)
             call.read(reader, (branch,))
-        if branch in reader.found:
-            model = call.guider.inner_model
-            run.source.keep((planned.step, branch), reader.found[branch], model.manual_cast_dtype or model.get_dtype())
+    model = call.guider.inner_model
+    for branch, found in reader.found.items():
+        if branch in _branches(run, call):
+            run.source.keep((planned.step, branch), found, model.manual_cast_dtype or model.get_dtype())
     return denoised
 
 
