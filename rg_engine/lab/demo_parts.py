@@ -25,7 +25,7 @@ from ..training.loop import LoopSettings, Progress, Training
 
 LOG_EVERY_S = 20.0
 SIZE_PX = 128
-PARTS = ("pictures", "autoencoder", "latents", "denoiser", "estimator", "heads")
+PARTS = ("pictures", "autoencoder", "latents", "denoiser", "transformer", "estimator", "heads")
 
 
 def make_pictures(folder: Path, shards: int, per_shard: int = 2000, workers: int = 1) -> None:
@@ -100,23 +100,49 @@ def train_denoiser(
 
     ``predict(z, timestep, tokens)`` runs it; z (B, C, h, w) is the VP latent, timestep (B,) in 0..999, tokens (B, 16).
     """
-    latents = torch.from_numpy(_load(data, "latents", "latents")).to(device)
-    tokens = text.as_tokens([str(caption) for caption in _load(data, "captions", "latents")]).to(device)
+    draw_pictures = _pictures_and_words(data, batch, device)
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     alpha_bar = torch.cumprod(1 - betas, 0).float().to(device)
 
     def draw(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        generator = torch.Generator(device).manual_seed(step)
-        chance = partial(torch.rand, batch, generator=generator, device=device)
-        pick = (chance() * len(latents)).long()
-        x0, words = latents[pick].float(), tokens[pick] * (chance() >= 0.12)[:, None]  # 0 is padding: no caption
-        t = ((chance() + torch.arange(batch, device=device)) / batch * 1000).long().clamp(max=999)
-        noise = torch.randn(x0.shape, generator=generator, device=device)
+        x0, words, time, noise = draw_pictures(step)
+        t = (time * 1000).long().clamp(max=999)
         a, s = alpha_bar[t].sqrt()[:, None, None, None], (1 - alpha_bar[t]).sqrt()[:, None, None, None]
         yield a * x0 + s * noise, t, words, a * noise - s * x0
 
     def compute_loss(z: Tensor, t: Tensor, words: Tensor, v: Tensor) -> Tensor:
         return nn.functional.mse_loss(predict(z, t, words).float(), v)
+
+    _train(model, draw, compute_loss, out, _settings(steps, learning_rate), batch, device)
+
+
+def train_transformer(
+    model: nn.Module,
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor],
+    encode: Callable[[Tensor], Tensor],
+    data: Path,
+    out: Path,
+    steps: int,
+    batch: int = 128,
+    learning_rate: float = 1e-3,
+    device: str = "cpu",
+) -> None:
+    """Train ``model`` to predict a flow's velocity on the cached latents, at noise levels of the middle more than at others
+    (as 2403.03206), the captions' tokens encoded by the frozen ``encode``.
+
+    ``predict(x, sigma, words)`` runs it; x (B, C, h, w), sigma (B,) in 0..1, words (B, 16, E).
+    """
+    draw_pictures = _pictures_and_words(data, batch, device)
+
+    def draw(step: int) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        x0, words, time, noise = draw_pictures(step)
+        sigma = torch.lerp(time, torch.special.ndtri(time.clamp(1e-6, 1 - 1e-6)).sigmoid(), 0.7)
+        with torch.no_grad():
+            context = encode(words)
+        yield torch.lerp(x0, noise, sigma[:, None, None, None]), sigma, context, noise - x0
+
+    def compute_loss(x: Tensor, sigma: Tensor, context: Tensor, v: Tensor) -> Tensor:
+        return nn.functional.mse_loss(predict(x, sigma, context).float(), v)
 
     _train(model, draw, compute_loss, out, _settings(steps, learning_rate), batch, device)
 
@@ -142,6 +168,22 @@ def train_estimator(
         return estimator.loss(net(torch.cat([rebuilt, x[half:]])), joints, depth)
 
     _train(net, draw, compute_loss, out, _settings(steps, 2e-3), batch, device)
+
+
+def _pictures_and_words(data: Path, batch: int, device: str) -> Callable[[int], tuple[Tensor, ...]]:
+    """A step to its latents (B, C, h, w), captions' tokens (B, 16; 12% left out), times spread over 0..1 (B,) and noise."""
+    latents = torch.from_numpy(_load(data, "latents", "latents")).to(device)
+    tokens = text.as_tokens([str(caption) for caption in _load(data, "captions", "latents")]).to(device)
+
+    def draw(step: int) -> tuple[Tensor, ...]:
+        generator = torch.Generator(device).manual_seed(step)
+        chance = partial(torch.rand, batch, generator=generator, device=device)
+        pick = (chance() * len(latents)).long()
+        x0, words = latents[pick].float(), tokens[pick] * (chance() >= 0.12)[:, None]  # 0 is padding: no caption
+        time = (chance() + torch.arange(batch, device=device)) / batch
+        return x0, words, time, torch.randn(x0.shape, generator=generator, device=device)
+
+    return draw
 
 
 def _load(data: Path, key: str, prefix: str = "pictures") -> np.ndarray:

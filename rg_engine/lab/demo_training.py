@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 
 from ..comfy_host.demo_model import Denoiser
-from ..demo import AUTOENCODER, DENOISER, ESTIMATOR
+from ..comfy_host.demo_transformer import TransformerDenoiser
+from ..demo import AUTOENCODER, DENOISER, ESTIMATOR, TRANSFORMER
 from ..demo.autoencoder import Autoencoder
+from ..demo.text import TextEncoder
 from . import demo_parts
 from .demo_heads import train_demo_heads
 
@@ -42,6 +44,20 @@ def train_demo(parts: list[str], work: Path, options: Any) -> None:
                 device=device,
             )
             shutil.copy(work / DENOISER.name, DENOISER)
+        elif part == "transformer":
+            torch.manual_seed(0)
+            transformer = TransformerDenoiser().to(device)
+            demo_parts.train_transformer(
+                transformer,
+                torch.compile(transformer.predict) if options.compile else transformer.predict,
+                _text_encoder(device),
+                data,
+                work / TRANSFORMER.name,
+                options.transformer_steps,
+                options.transformer_batch,
+                device=device,
+            )
+            shutil.copy(work / TRANSFORMER.name, TRANSFORMER)
         elif part == "estimator":
             torch.manual_seed(0)
             demo_parts.train_estimator(
@@ -50,6 +66,13 @@ def train_demo(parts: list[str], work: Path, options: Any) -> None:
             shutil.copy(work / ESTIMATOR.name, ESTIMATOR)
         else:
             train_demo_heads(work / "heads", names=options.heads)
+
+
+def _text_encoder(device: str) -> Any:
+    model = TextEncoder().to(device)
+    state = {key[len("text.") :]: value.float() for key, value in load_file(DENOISER).items() if key.startswith("text.")}
+    model.load_state_dict(state)
+    return model.eval().requires_grad_(False)
 
 
 def _autoencoder(device: str) -> Any:
