@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.guidance import Target
+from ..rg_engine.guidance.pictures import without_frames
 from .schema import DragPoints, Readout, ReadoutHead, ReadoutKeyframes, ReadoutTarget, schema
 
 
@@ -81,7 +82,7 @@ class ReadoutTargetNode(io.ComfyNode):
                 drags=None if drag_points is None else drag_points.drags,
                 frames=1 if drag_points is None else drag_points.frames,
                 drag_aspect=None if drag_points is None else drag_points.aspect,
-                reference_latent=None if reference_latent is None else reference_latent["samples"],
+                reference_latent=None if reference_latent is None else without_frames(reference_latent["samples"]),
                 readout=readout,
                 reference_mask=reference_mask,
                 previous=previous,

@@ -93,6 +93,12 @@ class TrainReadoutHead(io.ComfyNode):
                     tooltip="What the head should read: control pictures (spatial), heat maps (keypoint), a latent "
                     "(lgp), tracks (correspondence), masks or nothing (appearance).",
                 ),
+                io.String.Input(
+                    "block", default="", optional=True,
+                    tooltip="Which block of the model the head reads: its name (double_blocks.9, layers.11) or its number, "
+                    "from 0. Empty: a transformer's usual one, all maps of a UNet. An earlier block makes guided steps "
+                    "cheaper.",
+                ),
             ],
             outputs=[
                 ReadoutHead.Output("HEAD", display_name="READOUT_HEAD"),
@@ -105,7 +111,7 @@ class TrainReadoutHead(io.ComfyNode):
     def execute(
         cls, model, positive, kind, steps, learning_rate, batch_size, accumulate, width, sparse, shift, noise_draws,
         precision, validation_share, validate_every, patience, seed, checkpoint, latents=None, images=None, vae=None,
-        targets=None,
+        targets=None, block="",
     ) -> io.NodeOutput:  # fmt: skip
         settings = TrainingSettings(
             steps=steps, learning_rate=learning_rate, batch=batch_size, accumulate=accumulate, shift=shift,
@@ -115,7 +121,7 @@ class TrainReadoutHead(io.ComfyNode):
         return io.NodeOutput(
             *train_in_graph(
                 model, positive, latents, images, vae, targets, kind=kind, sparse=sparse, projection=int(width),
-                settings=settings, checkpoint=checkpoint,
+                settings=settings, checkpoint=checkpoint, block=block,
             )
         )  # fmt: skip
 

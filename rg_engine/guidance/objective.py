@@ -44,17 +44,19 @@ class Branch:
 class Objective:
     """The loss of a chain of targets on latents of one size; controls and masks are prepared once.
 
-    Args: targets, a chain; size (H, W) of the latent; batch, number of pictures; device where the features are.
+    Args: targets, a chain; size (H, W) of the latent; batch, number of pictures; device where the features are; taps, the
+    features' (none: heads read all of them).
     """
 
     def __init__(
-        self, targets: Sequence[Target], size: tuple[int, int], batch: int, device: torch.device, *, truncate: bool = False
-    ) -> None:
+        self, targets: Sequence[Target], size: tuple[int, int], batch: int, device: torch.device, *, truncate: bool = False,
+        taps: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         for target in targets:
             target.check_batch(batch)
         self.targets = tuple(targets)
         self.size = size
-        self._truncate = truncate
+        self._truncate, self._taps = truncate, tuple(taps)
         self._controls = [target.control(size, batch, device) for target in targets]
         self._regions = [target.region(size, batch, device) for target in targets]
         self._reference_regions = [target.region(size, batch, device, "reference_mask") for target in targets]
@@ -182,7 +184,8 @@ class Objective:
         readouts: dict[int, Tensor] = {}
         for group in self.by_head(wanted):
             head = self.targets[group[0]].head
-            readout = head.read(branch.features, branch.emb, self.size, branch.noise_level, light=light)
+            features = head.features_of(branch.features, self._taps)
+            readout = head.read(features, branch.emb, self.size, branch.noise_level, light=light)
             readouts |= dict.fromkeys(group, readout)
         return readouts
 

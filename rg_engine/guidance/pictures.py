@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..errors import TargetError
 from ..heads import HeadSpec
 
 if TYPE_CHECKING:
@@ -34,6 +35,25 @@ def readout_picture(readout: Tensor, spec: HeadSpec, size_px: tuple[int, int]) -
         picture = _three(principal_directions(readout))
     picture = F.interpolate(picture, size_px, mode="bilinear").clamp(0, 1)
     return picture.permute(0, 2, 3, 1).contiguous()
+
+
+def without_frames(latents: Tensor) -> Tensor:
+    """Latents (B, C, h, w) of pictures, of models that also make videos (B, C, 1, h, w). Raises TargetError for a video."""
+    if latents.ndim != 5:
+        return latents
+    if latents.shape[2] != 1:
+        raise TargetError(
+            f"the latent is a video of {latents.shape[2]} frames, and one picture can be read out: give a latent of one frame"
+        )
+    return latents[:, :, 0]
+
+
+def spread(values: Tensor, like: Tensor) -> Tensor:
+    """Values (B, ...) with as many axes as latents (B, C, H, W) or (B, C, 1, H, W) have: masks (B, 1, H, W) get a frame's."""
+    missing = like.ndim - values.ndim
+    if values.ndim == 4 and missing:
+        return values[:, :, None]
+    return values.view(-1, *[1] * (like.ndim - 1)) if values.ndim == 1 else values
 
 
 def as_image(picture: Tensor) -> Image.Image:

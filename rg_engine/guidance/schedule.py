@@ -55,8 +55,8 @@ class GuidanceSettings:
             raise TargetError(f"interval is {self.interval}: it is a part of the diffusion time, 0..1")
 
     def strengths_at(self, percent: float, batch: int) -> Tensor | None:
-        """What keyframes multiply the strength with then, (B, 1, 1, 1); None without any."""
-        return None if self.keyframes is None else self.keyframes.at(percent, batch).view(-1, 1, 1, 1)
+        """What keyframes multiply the strength with then, (B,); None without any."""
+        return None if self.keyframes is None else self.keyframes.at(percent, batch)
 
     def strongest_at(self, percent: float) -> float:
         """The largest multiplier then."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .pictures import spread
+
 #: The paper's learning rate (readout_guidance configs, ``rg_weight``).
 PAPER_LEARNING_RATE = 0.02
 
 
 def rms_step(gradient: Tensor, length: float | Tensor) -> Tensor:
-    """The move (B, C, H, W) against the gradient, of RMS ``length`` in every picture (fast and norm_ratio mode).
+    """The move (B, C, H, W), or (B, C, 1, H, W), against the gradient, of RMS ``length`` in every picture (fast and norm_ratio mode).
 
     A picture whose gradient is zero or not finite does not move.
     """
     gradient = gradient.float()
-    rms = gradient.flatten(1).square().mean(1).sqrt()[:, None, None, None]
+    rms = spread(gradient.flatten(1).square().mean(1).sqrt(), gradient)
     usable = torch.isfinite(rms) & (rms > 0)
     return torch.where(usable, -length * gradient / torch.where(usable, rms, 1.0), 0.0)
 
@@ -30,7 +32,7 @@ def norm_ratio_length(z: Tensor, next_z: Tensor, strength: float) -> Tensor:
     Sketch-Guided Diffusion (arXiv 2211.13752), eq. 5-6: z moves by -alpha * gradient with alpha = |z_t - z_{t-1}| /
     |gradient| * beta, so its length is beta * |z_t - z_{t-1}|. strength 1 is the paper's beta, 1.6.
     """
-    return PAPER_BETA * strength * (z - next_z).float().flatten(1).square().mean(1).sqrt()[:, None, None, None]
+    return PAPER_BETA * strength * spread((z - next_z).float().flatten(1).square().mean(1).sqrt(), z)
 
 
 class ReferenceUpdate:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 from torch import Tensor
@@ -21,8 +21,8 @@ TimestepConvention = Literal["t", "reversed"]
 class HeadSpec:
     """What a head is, apart from its weights.
 
-    feature_channels: channels of the maps that it reads, in tap order. taps: paths of the modules they came from, to read,
-    not used (which maps a model gives is the backbone's to say). control_range: value range of the control it was
+    feature_channels: channels of the maps that it reads, in tap order. taps: paths of the modules they come from; none: the
+    backbone's own. control_range: value range of the control it was
     trained on (spatial, keypoint). use_emb: whether it is run with the timestep embedding. timestep_convention: ``t``
     if it was trained with the embedding of the timestep, ``reversed`` if with that of the reversed index (as the
     authors' training code does); guidance embeds t either way, as the authors' does. training: facts to read, not used.
@@ -70,6 +70,12 @@ class ReadoutHead:
     def emb_width(self) -> int | None:
         """Width of the timestep embedding that it takes, None if it takes none."""
         return self.network.emb_width if self.network.emb_width and self.spec.use_emb else None
+
+    def features_of(self, features: list[Tensor], taps: Sequence[str]) -> list[Tensor]:
+        """The ones that it reads of those tapped at ``taps``."""
+        if not set(self.spec.taps) < set(taps) or not self.spec.taps:
+            return features
+        return [features[taps.index(tap)] for tap in self.spec.taps]
 
     def read(
         self, features: list[Tensor], emb: Tensor | None, size: tuple[int, int], noise_level: Tensor | None = None,

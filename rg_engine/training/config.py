@@ -31,7 +31,8 @@ class TrainingConfig:
     kind, out: the head, and its ``.safetensors``. model: a checkpoint's path, or ``demo``. Folders, see :mod:`.folders`:
     pictures and controls (spatial, keypoint, lgp), clips (correspondence), identities (appearance). examples: how many are
     drawn from clips or identities. prompt: of every picture, or ``captions`` for the text file beside each. size: of the
-    pictures in pixels, cropped about their centre. width: the head's channels. sparse: controls are mostly empty.
+    pictures in pixels, cropped about their centre. width: the head's channels. block: of the model, that the head reads, by
+    name or number; empty for the usual one. sparse: controls are mostly empty.
     temperature (correspondence), margin (appearance). device: auto or cpu. Everything else is :class:`TrainingSettings`.
     """
 
@@ -46,6 +47,7 @@ class TrainingConfig:
     prompt: str = ""
     size: int = 512
     width: int = 384
+    block: str = ""
     sparse: bool = True
     temperature: float = 0.07
     margin: float = 0.5

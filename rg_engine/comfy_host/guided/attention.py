@@ -6,11 +6,24 @@ import functools
 from typing import Any
 
 import torch
-from comfy.ldm.modules.attention import attention_pytorch
+from comfy.ldm.modules.attention import attention_pytorch, optimized_attention
 from torch import Tensor
+
+from ...errors import BackboneError
+from ...features import Backbone
 
 KERNELS_WITH_BACKWARD = ("attention_pytorch", "attention_split", "attention_basic", "attention_xformers")
 SMALL = 256  # cells; for more, the sub-quadratic kernel takes longer and keeps every pair
+
+
+def check_attention(backbone: Backbone) -> None:
+    """Raises BackboneError for a transformer that takes whatever kernel ComfyUI was started with, if that has no backward."""
+    kernel = optimized_attention.__name__
+    if not backbone.names_kernel and kernel not in (*KERNELS_WITH_BACKWARD, "attention_sub_quad"):
+        raise BackboneError(
+            f"{backbone.name} runs with {kernel}, which has no backward, and lets no node choose another: start ComfyUI with "
+            "--use-pytorch-cross-attention"
+        )
 
 
 def _attention_with_backward(roomy: bool, chosen: Any, q: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -18,6 +18,7 @@ from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...features import Backbone, FeatureTap
+from ...features.tap import Enough
 from ...guidance import Branch, Objective, Part, SourceStep, parts_of
 from ...guidance.objective import whole_step
 from ...guidance.parts import stitched, together
@@ -64,6 +65,7 @@ class BranchReader:
         self._percent = percent
         self._prompts: dict[Any, int] = {}  # branches by their prompts' ids; empty: by their place in the call
         self._reading = True  # whether calls are read now
+        self._only = False  # whether nothing is made of their predictions
         self._seen: set[Any] = set()  # parts that were read
         self._losses: dict[int, list[tuple[Part, Tensor]]] = {}
         self._gradients: dict[int, list[tuple[Part, Tensor]]] = {}
@@ -113,7 +115,7 @@ class BranchReader:
         for branch, name in PROMPTS.items():
             self._prompts |= {cond.get("uuid"): branch for cond in guider.conds.get(name) or ()}
         if branches:
-            self._reading = False
+            self._reading, self._only = False, only
             calc = functools.partial(self._calculate_branches, guider, tuple(branches), only)
             add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEY, calc, options, is_model_options=True)
             if self._scope is not None:
@@ -184,12 +186,15 @@ class BranchReader:
         model = executor.class_obj
         network = model.diffusion_model
         scale = input_scale(model, t, x)  # one for all rows of a call
-        noise_level = t.expand(x.shape[0]) * scale.view(-1)
+        noise_level = t.expand(x.shape[0]) * scale.flatten()
+        denoised = torch.zeros_like(x)
         if not self._active:
-            with FeatureTap(network, self._backbone) as tap:
-                denoised = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
-                features, emb = tap.take()
+            with FeatureTap(network, self._backbone, end=self._only) as tap:
+                with contextlib.suppress(Enough):
+                    denoised = executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+                features, found_emb = tap.take()
             with torch.inference_mode(False), torch.no_grad():
+                emb = self._backbone.emb(found_emb, noise_level)
                 whole = Branch(features=features, emb=emb, z=self._x * scale[:1], noise_level=noise_level)
                 for part in parts:
                     found = self._found.setdefault(branches[part.chunk], {})
@@ -197,22 +202,25 @@ class BranchReader:
                         read = self._objective.part(part).source_step(self._rows(whole, part), self._recorded)
                         found[part.key] = part, read
             return denoised
-        scope = self._scope if self._scope is not None and self._scope.network is network else GradientScope(network)
-        with scope, _beside_others(control, options, scope), FeatureTap(network, self._backbone) as tap:
+        scope = self._scope
+        if scope is None or scope.network is not network:
+            scope = GradientScope(network, backbone=self._backbone)
+        with scope, _beside_others(control, options, scope), FeatureTap(network, self._backbone, end=self._only) as tap:
             leaf = x.detach().clone().requires_grad_()
             given = (plain(t), plain(c_concat), plain(c_crossattn), plain(control))
             options = {**options, "optimized_attention_override": ATTENTION[scope.graph]}
-            try:
-                denoised = executor(leaf, *given, options, **plain(kwargs))
-            except RuntimeError:
-                if tap.heard or WrappersMP.DIFFUSION_MODEL not in options.get("wrappers", {}):
-                    raise
-            if not tap.heard:  # a cache answered in the network's place
-                wrappers = {**options.get("wrappers", {}), WrappersMP.DIFFUSION_MODEL: {}}
-                denoised = executor(leaf, *given, {**options, "wrappers": wrappers}, **plain(kwargs))
-            features, emb = tap.take()
-            z = self._x.clone() * scale[:1].clone()
-            whole = Branch(features=features, emb=plain(emb), z=z, noise_level=plain(noise_level))
+            with contextlib.suppress(Enough):
+                try:
+                    denoised = executor(leaf, *given, options, **plain(kwargs))
+                except RuntimeError:
+                    if tap.heard or WrappersMP.DIFFUSION_MODEL not in options.get("wrappers", {}):
+                        raise
+                if not tap.heard:  # a cache answered in the network's place
+                    wrappers = {**options.get("wrappers", {}), WrappersMP.DIFFUSION_MODEL: {}}
+                    denoised = executor(leaf, *given, {**options, "wrappers": wrappers}, **plain(kwargs))
+            features, found_emb = tap.take()
+            z, level = self._x.clone() * scale[:1].clone(), plain(noise_level)
+            whole = Branch(features=features, emb=plain(self._backbone.emb(found_emb, level)), z=z, noise_level=level)
             self._backward(leaf, whole, parts, branches, scale.clone(), light=scope.graph == "light")
         return denoised.detach()
 
@@ -266,10 +274,11 @@ class BranchReader:
 
 
 def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:
-    """ControlNets' outputs are added in place, and other nodes' patches and layers do what inference allows.
+    """ControlNets' outputs are added in place, and transformers' blocks and other nodes' patches and layers do what inference
+    allows.
 
     Making room for that slows every operation a little, so it is on only then.
     """
-    if scope.shared or control is not None or options.get("patches") or options.get("patches_replace"):
-        return beside_other_nodes()
-    return contextlib.nullcontext()
+    return beside_other_nodes(
+        bool(scope.writes or control is not None or options.get("patches") or options.get("patches_replace"))
+    )

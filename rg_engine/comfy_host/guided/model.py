@@ -27,8 +27,9 @@ from ...guidance.schedule import DRAG_INTERVAL, LOOK_INTERVAL
 from ...types import Region
 from ..loaded.gradient_scope import Graph
 from ..loaded.memory import GraphSize, choose_graph, with_room_for_graph
-from ..loaded.model import backbone_of, check_fits, heads_on
+from ..loaded.model import heads_on, tapped_for
 from ..loaded.random_state import random_state_kept
+from .attention import check_attention
 from .frame import Frame, FramedModel, framed
 from .progress import RunProgress
 from .report import Repetitions, report_empty_plan, report_run
@@ -55,13 +56,12 @@ def guide(model: Any, target: Target | None, settings: GuidanceSettings, graph: 
     guided = model.clone()
     if not targets or settings.strength == 0:
         return guided
-    backbone = backbone_of(model)
-    for each in targets:
-        check_fits(each.head, backbone)
     for other in guidance_of(model):
         if other.settings == settings and other.graph == graph:
             targets = other.targets + targets
             _attach(guided, other, attach=False)
+    backbone = tapped_for(model, [each.head for each in targets])
+    check_attention(backbone)
     _attach(guided, ModelGuidance(targets, settings, backbone, graph))
     return guided
 
@@ -170,7 +170,7 @@ class ModelGuidance:
         with heads_on([target.head for target in run.targets], noise.device):
             with torch.inference_mode(False):
                 size = (noise.shape[-2], noise.shape[-1])
-                objective = Objective(run.targets, size, noise.shape[0], noise.device)
+                objective = Objective(run.targets, size, noise.shape[0], noise.device, taps=self.backbone.taps)
             run.begin(guider, objective, noise, denoise_mask, extra_args.get("seed"))
             kept, mark = None, None
             if objective.needs_source:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...features import Backbone
 from ...guidance import GuidanceSettings, Objective, Plan, SourceStep, Target
+from ...guidance.pictures import spread
 from ...guidance.schedule import PlannedStep
 from ...guidance.targets import fit
 from ..loaded.gradient_scope import GradientScope, Graph
@@ -66,11 +67,11 @@ class Run:
         self.use_graph(self.graph, guider)
         for i, target in enumerate(objective.targets):
             if target.needs_reference and target.reference_latent is not None:
-                latent = guider.inner_model.process_latent_in(target.reference_latent.to(noise))
-                self.references[i] = fit(latent, objective.size).expand_as(noise)
+                latent = fit(target.reference_latent.to(noise), objective.size)
+                self.references[i] = guider.inner_model.process_latent_in(spread(latent, noise)).expand_as(noise)
 
     def use_graph(self, graph: Graph, guider: Any) -> None:
-        self.graph, self.scope = graph, GradientScope(guider.inner_model.diffusion_model, graph)
+        self.graph, self.scope = graph, GradientScope(guider.inner_model.diffusion_model, graph, self.backbone)
 
     def reader(self, x: Tensor, planned: PlannedStep, **settings: Any) -> BranchReader:
         assert self.objective is not None
@@ -121,7 +122,7 @@ class ModelCall:
 
     @property
     def scale(self) -> Tensor:
-        """z / x, (B, 1, 1, 1)."""
+        """z / x, (B, 1, 1, 1); all of these have x's axes."""
         return self.scale_at(self.timestep)
 
     def scale_at(self, sigma: Tensor | float) -> Tensor:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import comfy.sample
 import comfy.samplers
+import comfy.utils
+import latent_preview
 import torch
 
 from ...errors import TargetError
@@ -29,7 +32,7 @@ def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSetting
     inverted = inversion_of(ksampler["latent"])
     if inverted is not None:
         _check_inversion(model, inverted, **ksampler)
-        ksampler["disable_noise"] = True
+        common_ksampler = _from_inverted
     frames = 1 if target is None else target.drag_frames
     if target is None or frames == 1:
         return _plain(common_ksampler(guide(model, target, settings), **ksampler)[0])
@@ -42,6 +45,30 @@ def guided_ksampler(model: Any, target: Target | None, settings: GuidanceSetting
         common_ksampler(guide(model, target.at_frame(number), settings), **ksampler)[0] for number in range(1, frames + 1)
     ]
     return _plain({**parts[0], "samples": torch.cat([part["samples"] for part in parts])})
+
+
+def _from_inverted(
+    model: Any, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
+    latent: dict[str, Any], denoise: float,
+) -> tuple[dict[str, Any]]:  # fmt: skip
+    """ComfyUI's common_ksampler, beginning from the latent as it is.
+
+    What a sampler begins from is ``noise_scaling(sigma, noise, latent)``, in which at a flow model's sigma of 1 nothing of a
+    latent is left: the inverted latent is given as the noise that becomes it.
+    """
+    x = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    sampling = model.get_model_object("model_sampling")
+    sigma = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)[:1]
+    one = torch.ones(1)
+    if float(sampling.noise_scaling(sigma, 0 * one, one, True)) == 1:
+        noise, begin = torch.zeros_like(x), x
+    else:
+        noise, begin = model.model.process_latent_in(x) / sampling.noise_scaling(sigma, one, 0 * one, True), torch.zeros_like(x)
+    samples = comfy.sample.sample(
+        model, noise, steps, cfg, sampler_name, scheduler, positive, negative, begin, denoise=denoise,
+        callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,
+    )  # fmt: skip
+    return ({**latent, "samples": samples},)
 
 
 def guided_model(model: Any, target: Target | None, settings: GuidanceSettings) -> Any:

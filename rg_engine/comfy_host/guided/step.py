@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ...guidance import ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
+from ...guidance.pictures import spread
 from ...guidance.schedule import PlannedStep
 from ..loaded.memory import is_out_of_memory
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader
@@ -89,7 +90,7 @@ def _move(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, len
     """The move of x against the gradient, so long in z where it lands, though never longer than the noise there."""
     strengths = run.settings.strengths_at(planned.percent, len(call.x))
     length = torch.minimum(torch.as_tensor(length, device=call.x.device), call.noise_at(lands))
-    length = length if strengths is None else length * strengths.to(call.x.device)
+    length = length if strengths is None else length * spread(strengths.to(call.x.device), call.x)
     move = rms_step(gradient, length) / call.scale_at(lands)
     return _inside(run, move).to(call.x.dtype)
 
@@ -119,7 +120,7 @@ def _read_guided(
 def _next_z(run: Run, planned: PlannedStep, call: ModelCall, denoised: Tensor) -> Tensor:
     """z where a deterministic step of the schedule would take x."""
     next_sigma = run.sigmas[planned.step + 1]
-    ratio = (next_sigma / call.timestep).view(-1, 1, 1, 1)
+    ratio = spread(next_sigma / call.timestep, call.x)
     return (denoised + (call.x - denoised) * ratio) * call.scale_at(next_sigma)
 
 
@@ -138,7 +139,7 @@ def reference_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
             break
         with torch.inference_mode(False):
             move = (update.step(reader.gradient) - z) / lands.clone()
-        move = move if strengths is None else move * strengths.to(x.device)
+        move = move if strengths is None else move * spread(strengths.to(x.device), x)
         call = dataclasses.replace(call, x=x + _inside(run, move).to(x.dtype))
     run.move(call.x - x)
     return call.plain()
@@ -217,7 +218,7 @@ def _held(run: Run, planned: PlannedStep, call: ModelCall) -> ModelCall:
     if movable is None or source is None:
         return call
     source = source.to(call.x)
-    held = source + (call.x - source) * movable.to(call.x.dtype)
+    held = source + (call.x - source) * spread(movable.to(call.x.dtype), call.x)
     run.move(held - call.x)
     return dataclasses.replace(call, x=held)
 
@@ -226,5 +227,5 @@ def _inside(run: Run, move: Tensor) -> Tensor:
     """A move where there is one to be made: of what is denoised, and of what a drag's mask lets move."""
     movable = None if run.objective is None else run.objective.movable
     for mask in (run.denoise_mask, movable):
-        move = move if mask is None else move * mask.to(move.dtype)
+        move = move if mask is None else move * spread(mask.to(move.dtype), move)
     return move

@@ -3,7 +3,7 @@
 * A frozen layer fetches its weight again in backward and keeps nothing: a weight that was offloaded, cast or patched for the
   forward pass is never held in between, and neither is a convolution's input, which only its weight's gradient needs.
 * Elementwise parts (normalisation and activation before a convolution, the gate of a feed-forward layer) keep their input
-  and run again in backward, and so do whole transformer blocks (checkpointing, arXiv 1604.06174).
+  and run again in backward, and so do whole transformer blocks (:mod:`.run_again`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from comfy.rmsnorm import RMSNorm, rms_norm  # torch's, or ComfyUI's own beside 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .random_state import random_state_kept, random_states, set_random_states
-from .saved_tensors import other_nodes
+from .run_again import block_again, run_again
+from .saved_tensors import ordinary
 
 Forward = Callable[..., Any]
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -40,7 +40,7 @@ def frozen_forward(module: Any, casts: bool) -> Forward | None:
 def light_forward(module: nn.Module, casts: bool) -> Forward | None:
     """A forward that keeps as little as possible, None if there is nothing to gain."""
     if isinstance(module, BasicTransformerBlock):
-        return _run_again(module)
+        return block_again(module)
     if "forward" in module.__dict__:  # another node's
         return frozen_forward(module, casts)
     if isinstance(module, _CONVOLUTIONS) and is_known(module):
@@ -91,7 +91,8 @@ class _FrozenLayer(torch.autograd.Function):
         ctx.module, ctx.shape, ctx.dtype = module, x.shape, x.dtype
         if isinstance(module, _NORMS):
             ctx.save_for_backward(x)
-        return original(x)
+        out = original(x)
+        return ordinary(out) if out._is_view() else out  # autograd lets nobody write to a view that was made here
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
@@ -118,30 +119,6 @@ class _FrozenLayer(torch.autograd.Function):
                 else:
                     y = F.layer_norm(x, module.normalized_shape, scale, shift, module.eps)
             return torch.autograd.grad(y, x, gradient)[0], None, None
-
-
-class _RunAgain(torch.autograd.Function):
-    """``function(x)``, of which x alone is kept; it runs again in backward. Other nodes' code in it (ToMe) draws the same
-    random numbers then."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:  # type: ignore[override]
-        ctx.function, ctx.others = function, other_nodes()
-        ctx.states = random_states(x.device) if ctx.others else []
-        ctx.save_for_backward(x)
-        return function(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
-        with contextlib.ExitStack() as scope:
-            scope.enter_context(torch.enable_grad())
-            if ctx.others is not None:
-                scope.enter_context(ctx.others)
-                scope.enter_context(random_state_kept(gradient.device))
-                set_random_states(ctx.states)
-            x = ctx.saved_tensors[0].detach().requires_grad_()
-            y = ctx.function(x)
-        return torch.autograd.grad(y, x, gradient)[0], None
 
 
 @contextlib.contextmanager
@@ -194,14 +171,14 @@ def _frozen(module: nn.Module) -> Forward:
 
 def _again(layer: nn.Module) -> Forward:
     original = layer.forward
-    return lambda x, *args, **kwargs: _RunAgain.apply(x, lambda inner: original(inner, *args, **kwargs))
+    return lambda x, *args, **kwargs: run_again(lambda inner: original(inner, *args, **kwargs), x)
 
 
 def _normed(layers: nn.Sequential) -> Forward:
     """A norm and its activation, run again, before the rest of the layers."""
 
     def forward(x: Tensor) -> Tensor:
-        x = _RunAgain.apply(x, lambda inner: layers[1](layers[0](inner)))
+        x = run_again(lambda inner: layers[1](layers[0](inner)), x)
         for layer in layers[2:]:
             x = layer(x)
         return x
@@ -214,17 +191,7 @@ def _gate(module: GEGLU) -> Forward:
         value, gate = both.chunk(2, dim=-1)
         return value * F.gelu(gate)
 
-    return lambda x: _RunAgain.apply(module.proj(x), gated)
-
-
-def _run_again(block: nn.Module) -> Forward:
-    original = block.forward
-
-    def forward(x: Tensor, context: Any = None, transformer_options: dict[str, Any] | None = None) -> Tensor:
-        options = dict(transformer_options or {})  # as it is now: the network changes it from block to block
-        return _RunAgain.apply(x, lambda inner: original(inner, context, dict(options)))
-
-    return forward
+    return lambda x: run_again(gated, module.proj(x))
 
 
 def _watched(*modules: nn.Module) -> bool:

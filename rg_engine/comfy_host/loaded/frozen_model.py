@@ -5,6 +5,7 @@ The work is done inside a sampling run of ComfyUI's own, so that prompts, LoRAs,
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,21 +19,25 @@ from torch import Tensor
 
 from ...errors import TargetError
 from ...features import Backbone, FeatureTap
+from ...features.tap import Enough
+from ...guidance.pictures import spread
 from ...training import Reading
 from .frozen_layers import plain
-from .model import backbone_of, input_scale
+from .model import backbone_of, input_scale, pictures_have_frames
 
 KEY = "readout_guidance_read"
 Result = TypeVar("Result")
 
 
-def with_frozen_model(model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result]) -> Result:
+def with_frozen_model(
+    model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result], backbone: Backbone | None = None
+) -> Result:
     """Load ``model`` (a ModelPatcher) as for sampling latents of ``shape`` (B, C, h, w), and give ``work``'s result.
 
-    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each. Raises
+    backbone: tapped where it is read, unless at its own taps. positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each. Raises
     TargetError for a combined or a regional prompt: features have to be the whole picture's.
     """
-    backbone = backbone_of(model)
+    backbone = backbone or backbone_of(model)
     if positive is not None:
         limits = [
             key
@@ -48,9 +53,10 @@ def with_frozen_model(model: Any, positive: Any, shape: tuple[int, ...], work: C
     guider = comfy.samplers.CFGGuider(model.clone())
     guider.inner_set_conds({"positive": positive if positive is not None else empty_prompt(model)})
     guider.set_cfg(1.0)
-    run = _Work(lambda loaded, options: work(FrozenModel(loaded, options, backbone)))
+    frames = pictures_have_frames(model)
+    run = _Work(lambda loaded, options: work(FrozenModel(loaded, options, backbone, frames)))
     with torch.inference_mode():  # as nodes run: weights that are moved otherwise could be used neither here nor there
-        nothing = torch.zeros(shape)
+        nothing = torch.zeros((*shape[:2], 1, *shape[2:]) if frames else shape)
         guider.sample(nothing, nothing, run, torch.tensor([1.0, 0.0]), disable_pbar=True, seed=0)
     return run.result
 
@@ -58,8 +64,8 @@ def with_frozen_model(model: Any, positive: Any, shape: tuple[int, ...], work: C
 class FrozenModel:
     """The model while it is loaded."""
 
-    def __init__(self, guider: Any, options: dict[str, Any], backbone: Backbone) -> None:
-        self._guider = guider
+    def __init__(self, guider: Any, options: dict[str, Any], backbone: Backbone, frames: bool = False) -> None:
+        self._guider, self._frames = guider, frames
         self._options = options
         self._backbone = backbone
 
@@ -88,18 +94,21 @@ class FrozenModel:
             clip = (float(sampling.sigma_min), float(sampling.sigma_max))
             sigmas = [min(max(float(sampling.percent_to_sigma(1.0 - float(t))), clip[0]), clip[1]) for t in time]
             sigma = torch.tensor(sigmas, device=self.device)
+            if self._frames:
+                latents, noise = latents[:, :, None], noise[:, :, None]
             clean = model.process_latent_in(latents.to(self.device))
-            x = sampling.noise_scaling(sigma.view(-1, 1, 1, 1), noise.to(clean), clean, False)
+            x = sampling.noise_scaling(spread(sigma, clean), noise.to(clean), clean, False)
             catch = _Catch(self._backbone)
             options = comfy.model_patcher.create_model_options_clone(self._options)
             add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, catch.apply_model, options, is_model_options=True)
             comfy.samplers.calc_cond_batch(model, [_prompts_of(self._guider.conds["positive"], pictures)], x, sigma, options)
             features, emb = catch.found
+            level = (sigma * input_scale(model, sigma, x).flatten()).flatten()
+            emb = self._backbone.emb(emb, level)
             if reversed_timestep:
                 network = model.diffusion_model
                 turned = timestep_embedding(999 - sampling.timestep(sigma), network.model_channels).to(emb.dtype)
                 emb = network.time_embed(turned)
-            level = sigma * input_scale(model, sigma, x).view(-1)
         with torch.inference_mode(False):
             return Reading(features=[plain(f).float() for f in features], emb=plain(emb).float(), noise_level=plain(level))
 
@@ -120,13 +129,14 @@ class _Work(comfy.samplers.Sampler):
 class _Catch:
     def __init__(self, backbone: Backbone) -> None:
         self._backbone = backbone
-        self.found: tuple[list[Tensor], Tensor] = ([], torch.empty(0))
+        self.found: tuple[list[Tensor], Tensor | None] = ([], None)
 
-    def apply_model(self, executor: Any, *args: Any, **kwargs: Any) -> Tensor:
-        with FeatureTap(executor.class_obj.diffusion_model, self._backbone) as tap:
-            out = executor(*args, **kwargs)
+    def apply_model(self, executor: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        with FeatureTap(executor.class_obj.diffusion_model, self._backbone, end=True) as tap:
+            with contextlib.suppress(Enough):
+                executor(x, *args, **kwargs)
             self.found = tap.take()
-        return out
+        return torch.zeros_like(x)
 
 
 def _prompts_of(conds: list[dict[str, Any]], pictures: Tensor | None) -> list[dict[str, Any]]:
@@ -145,6 +155,9 @@ def _prompts_of(conds: list[dict[str, Any]], pictures: Tensor | None) -> list[di
 
 
 def empty_prompt(model: Any) -> list:
-    """A CONDITIONING of zeros, of the width that the model expects."""
+    """A CONDITIONING of zeros, of the width that a UNet expects. Raises TargetError for a transformer, to which zeros are
+    nothing that it has seen."""
+    if backbone_of(model).is_transformer:
+        raise TargetError("a transformer needs a prompt: connect positive (an empty CLIP Text Encode is one)")
     config = model.model.model_config.unet_config
     return [[torch.zeros(1, 77, int(config.get("context_dim") or 768)), {"pooled_output": torch.zeros(1, 1280)}]]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,19 +18,33 @@ def backbone_of(model: Any) -> Backbone:
     return detect_backbone(model.get_model_object("diffusion_model"))
 
 
-def check_fits(head: ReadoutHead, backbone: Backbone) -> None:
-    check_head_fits(
+def check_fits(head: ReadoutHead, backbone: Backbone) -> Backbone:
+    """The backbone tapped where the head reads. Raises BackboneError if it was trained on another kind of model."""
+    return check_head_fits(
         backbone,
         head_name=head.name,
         trained_on=head.spec.backbone,
         feature_channels=head.spec.feature_channels,
         emb_width=head.emb_width,
+        taps=head.spec.taps,
     )
 
 
+def tapped_for(model: Any, heads: Iterable[ReadoutHead]) -> Backbone:
+    """A ModelPatcher's backbone tapped where the heads read. Raises BackboneError if it can't be, or one doesn't fit."""
+    backbone = backbone_of(model)
+    read = {tap for head in heads for tap in check_fits(head, backbone).taps}
+    return backbone.at(read) if read else backbone
+
+
+def pictures_have_frames(model: Any) -> bool:
+    """Whether a ModelPatcher's latents of pictures are (B, C, 1, h, w), as those of models that also make videos."""
+    return getattr(model.model.latent_format, "latent_dimensions", 2) == 3
+
+
 def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
-    """z / x at this noise level, (B, 1, 1, 1): what the network's input is multiplied by."""
-    ones = torch.ones_like(x[:, :1, :1, :1])
+    """z / x at this noise level, (B, 1, 1, 1), or with as many axes as x has: what the network's input is multiplied by."""
+    ones = torch.ones_like(x.flatten(1)[:, :1]).view(-1, *[1] * (x.ndim - 1))
     return model.model_sampling.calculate_input(sigma.expand(x.shape[0]), ones)
 
 

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import TrainingError
+from ...guidance.pictures import without_frames
 from ...guidance.targets import fit
 from ...heads import ReadoutHead, save_head
 from ...training import Examples, Progress
@@ -62,7 +63,7 @@ def train_from_files(config: TrainingConfig) -> None:
         head, history = train_head(
             model, examples, config.settings, name=config.out.name, positive=positive, projection=config.width,
             background=empty_value(config.kind, config.sparse), temperature=config.temperature, margin=config.margin,
-            checkpoint=checkpoint,
+            checkpoint=checkpoint, block=config.block,
             facts={"model": Path(config.model).name}, ranks=ranks, report=_reporter(log, ranks), keep=keep,
         )  # fmt: skip
         if ranks.first:
@@ -92,7 +93,7 @@ def _load_model(name: str) -> tuple[Any, Any, Any]:
 def _encode(paths: list[Path], vae: Any, size_px: int) -> Tensor:
     parts = [paths[i : i + ENCODED_AT_ONCE] for i in range(0, len(paths), ENCODED_AT_ONCE)]
     return torch.cat(
-        [vae.encode(torch.stack([load_picture(path, size_px) for path in part])).float().cpu() for part in parts]
+        [without_frames(vae.encode(torch.stack([load_picture(p, size_px) for p in part]))).float().cpu() for part in parts]
     )
 
 

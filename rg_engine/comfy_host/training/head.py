@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ...errors import ReadoutGuidanceError, TrainingError
+from ...features import Backbone
 from ...heads import ReadoutHead
 from ...training import Draw, Examples, HeadTraining, Progress, Reading, TrainingSettings, lesson_of, new_head
 from ...training.distributed import Ranks
@@ -23,12 +24,13 @@ def train_head(
     model: Any, examples: Examples, settings: TrainingSettings, *, name: str, positive: Any = None, projection: int = 384,
     background: float | None = None, temperature: float = 0.07, margin: float = 0.5, facts: dict[str, Any] | None = None,
     checkpoint: Path | None = None, ranks: Ranks | None = None, report: Callable[[Progress], None] | None = None,
-    keep: Callable[[ReadoutHead], None] | None = None,
+    block: str = "", keep: Callable[[ReadoutHead], None] | None = None,
 ) -> tuple[ReadoutHead, list[tuple[int, float, float | None]]]:  # fmt: skip
     """Train a head for ``model`` (a ModelPatcher); returns it and the history: step, loss, validation.
 
     Args: positive, the prompt of the pictures (None: empty; one row a picture: each its own); projection, background,
-    temperature, margin as :func:`new_head` and :func:`lesson_of` have them; facts, for the head's metadata; keep is given
+    temperature, margin as :func:`new_head` and :func:`lesson_of` have them; block, which module's output is read, or its
+    number in the order in which they run (empty: the backbone's own taps); facts, for the head's metadata; keep is given
     the best head so far if the training breaks off, before the exception goes on. Raises TrainingError, BackboneError.
     """
     examples.check_enough()
@@ -43,10 +45,15 @@ def train_head(
         raise TrainingError(
             f"the prompt has {max(rows)} rows for {len(examples.latents)} pictures: give one for all of them, or one each"
         )
+    backbone = _read_at(backbone_of(model), block)
+    if backbone.is_transformer and settings.timestep_convention == "reversed":
+        raise TrainingError(
+            "timestep_convention reversed is the authors', of UNets; heads on transformers take the noise level: use t"
+        )
     maps = lesson_of(examples.kind).truth == "maps"
     channels = examples.truth.shape[1] if maps and examples.truth is not None else 0
     head = new_head(
-        examples.kind, backbone_of(model), name=name, output_channels=channels, projection=projection, seed=settings.seed,
+        examples.kind, backbone, name=name, output_channels=channels, projection=projection, seed=settings.seed,
         training=facts,
     )  # fmt: skip
     lesson = lesson_of(examples.kind, background=background, temperature=temperature, margin=margin)
@@ -76,4 +83,14 @@ def train_head(
             raise
 
     pictures = settings.batch // settings.accumulate * lesson.pictures
-    return with_frozen_model(model, positive, (pictures, *examples.latents.shape[1:]), work)
+    return with_frozen_model(model, positive, (pictures, *examples.latents.shape[1:]), work, backbone)
+
+
+def _read_at(backbone: Backbone, block: str) -> Backbone:
+    """The backbone read at one of its blocks; at its own taps if none is named. Raises BackboneError for one it has not."""
+    block = block.strip()
+    if not block:
+        return backbone
+    if block.isdecimal() and int(block) < len(backbone.available):
+        block = backbone.available[int(block)].path
+    return backbone.at([block])

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import TrainingError
-from ...guidance.pictures import readout_picture
+from ...guidance.pictures import readout_picture, without_frames
 from ...guidance.targets import fit
 from ...heads import HeadSpec, ReadoutHead
 from ...training import Examples, Progress, TrainingSettings, in_a_row, lesson_of
@@ -28,7 +28,7 @@ PREVIEW_PX = 192
 
 def train_in_graph(
     model: Any, positive: Any, latents: dict[str, Any] | None, images: Tensor | None, vae: Any, targets: Any, *, kind:
-    HeadKind, sparse: bool, projection: int, settings: TrainingSettings, checkpoint: str,
+    HeadKind, sparse: bool, projection: int, settings: TrainingSettings, checkpoint: str, block: str = "",
 ) -> tuple[ReadoutHead, Tensor, Tensor]:  # fmt: skip
     """The head, the loss plot, and readouts against targets as a picture. An interrupt leaves the best head so far in
     models/readout_heads, and goes on.
@@ -54,7 +54,7 @@ def train_in_graph(
     spec = HeadSpec(kind=kind, feature_channels=(), control_range=range_of(kind))
     head, history = train_head(
         model, examples, settings, name=f"{kind} head", positive=positive, projection=projection,
-        background=empty_value(kind, sparse), checkpoint=path, report=report, keep=keep,
+        background=empty_value(kind, sparse), checkpoint=path, report=report, keep=keep, block=block,
     )  # fmt: skip
     return head, loss_plot(history, kind), latest[0]
 
@@ -64,7 +64,7 @@ def graph_examples(kind: HeadKind, latents: Tensor, targets: Any) -> Examples:
     targets."""
     truth = lesson_of(kind).truth
     if isinstance(targets, dict):
-        targets = targets["samples"]
+        targets = without_frames(targets["samples"])
     if targets is None:
         return in_a_row(kind, latents, None)
     if truth == "regions" and isinstance(targets, Tensor) and targets.ndim == 4 and targets.shape[-1] <= 4:
@@ -107,9 +107,9 @@ def compare(readouts: Tensor, truth: Tensor | None, spec: HeadSpec) -> Tensor:
 def _latents(latents: dict[str, Any] | None, images: Tensor | None, vae: Any) -> Tensor:
     if latents is not None:
         samples = latents["samples"]
-        return samples.clone().float().cpu()
+        return without_frames(samples).clone().float().cpu()
     if images is None or vae is None:
         raise TrainingError(
             "there is nothing to learn from: connect latents (pictures through VAE Encode), or images and vae"
         )
-    return torch.cat([vae.encode(part[..., :3]).clone().float().cpu() for part in images.split(16)])
+    return torch.cat([without_frames(vae.encode(part[..., :3])).clone().float().cpu() for part in images.split(16)])
