@@ -1,5 +1,6 @@
 """Small transformers of every family that this ComfyUI has, with random weights, made as ComfyUI makes them."""
 
+# ruff: noqa: C408 (keywords are the settings as the networks name them)
 from __future__ import annotations
 
 import dataclasses
@@ -78,7 +79,8 @@ FAMILIES = {
     "lumina2": Small(model="Lumina2", config=_LUMINA, mask=True),
     "z-image": Small(model="ZImage", config=_ZIMAGE, mask=True),
     "z-image omni": Small(
-        model="ZImage", config=dict(_ZIMAGE, siglip_feat_dim=20), references=((16, 8, 10),), mask=True, more="siglip_feat_dim"
+        model="ZImage", config=dict(_ZIMAGE, siglip_feat_dim=20), references=((16, 8, 10),), mask=True,
+        more="siglip_feat_dim",
     ),
     "qwen-image": Small(model="QwenImage", config=_QWEN, latent=(16, 1, 12, 16), mask=True),
     "qwen-edit": Small(model="QwenImage", config=_QWEN, latent=(16, 1, 12, 16), references=((16, 1, 8, 10),), mask=True),

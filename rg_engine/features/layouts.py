@@ -1,4 +1,4 @@
-"""How a tapped module's output becomes a map: nothing to do for a UNet's, tokens that are picked and put in rows for a transformer's."""
+"""How a transformer's stream becomes a map: the picture's tokens are picked and put in rows. A UNet's outputs are maps."""
 
 from __future__ import annotations
 
@@ -33,8 +33,9 @@ class Tokens:
     exact: bool = False
 
     def read(self, output: Any, latent: tuple[int, ...], lengths: Mapping[str, int]) -> Tensor:
-        """The map (B, C, h, w) of a picture, from the shape of the network's input (B, C, H, W) or (B, C, 1, H, W). Where the
-        patches don't divide H and W, it is enlarged to (B, C, H, W).
+        """The map (B, C, h, w) of a picture, from the shape of the network's input, (B, C, H, W) or (B, C, 1, H, W).
+
+        Where the patches don't divide H and W, it is enlarged to (B, C, H, W).
 
         Tokens are normalised (a layer norm without weights, fp32): in a few fixed channels their values are a hundred times
         as large as elsewhere (arXiv 2505.18584), and pass fp16's range. What is given is a tensor of its own: blocks
@@ -52,14 +53,14 @@ class Tokens:
         length, first = tokens.shape[1], 0 if self.place == "start" else tokens.shape[1] - shown
         if (self.exact and length != count) or (self.place == "start" and shown > count and self.counted):
             raise BackboneError(
-                f"the model's stream has {length} tokens where the picture has {count}: what another picture that it was given "
-                "adds can't be told from it. Give it none for the guided sampler"
+                f"the model's stream has {length} tokens where the picture has {count}: what another picture that it was "
+                "given adds can't be told from it. Give it none for the guided sampler"
             )
         tokens = tokens[:, first : first + count]  # (B, h * w, C)
         if first < 0 or tokens.shape[1] != count:
             raise BackboneError(
-                f"the model's stream has {length} tokens where the picture has {count}: another node changes it. Bypass that "
-                "node for the guided sampler"
+                f"the model's stream has {length} tokens where the picture has {count}: another node changes it. Bypass "
+                "that node for the guided sampler"
             )
         exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
         map_ = F.layer_norm(exact, exact.shape[-1:]).unflatten(1, (height, width)).movedim(-1, 1)

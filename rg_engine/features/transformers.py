@@ -1,8 +1,8 @@
 """Transformers that make pictures: a row each, of what tells a family, and where its picture's tokens are.
 
-Every family was looked at in ComfyUI 0.3.64 to 0.33 by changing one patch of the latent and seeing where the map changes most
-(tests/nodes/test_transformers.py). The default block is the one that is known to be good (2312.02150's successor for SD3
-and Flux), else two fifths of the way: what is read early costs less, as neither the graph nor backward go any further.
+Where the tokens are is tested by changing one patch of the latent and seeing where the map changes most. The default block
+is two fifths of the way in, or one that is known to be good: what is read early costs less, as neither the graph nor
+backward go any further.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Side = Callable[[Any], int]
 class Family:
     """A kind of transformer.
 
-    signs: attributes that it has (and no family above it in FAMILIES). blocks: the lists that its blocks are in, in the order
-    in which they run, and where the picture's tokens are in their outputs (patch is filled in). width, patch: of a network.
-    depth: the default block, as a part of all; known: by the number of blocks, instead. streams: see Backbone. refine: more
-    of a layout that only the network itself tells. variant: what else there is to its name.
+    signs: attributes that it has (and no family above it in FAMILIES). blocks: the lists that its blocks are in, in the
+    order in which they run, and where the picture's tokens are in their outputs (patch is filled in). width, patch: of a
+    network. depth: the default block, as a part of all; known: by the number of blocks, instead. streams, names_kernel: see
+    Backbone. refine: more of a layout that only the network itself tells. variant: what else there is to its name.
     """
 
     name: str
@@ -145,7 +145,8 @@ FAMILIES = (
     Family(
         name="HiDream", signs=("double_stream_blocks", "single_stream_blocks", "caption_projection"),
         blocks={
-            "double_stream_blocks": Tokens(item=0, counted="x_embedder"), "single_stream_blocks": Tokens(counted="x_embedder")
+            "double_stream_blocks": Tokens(item=0, counted="x_embedder"),
+            "single_stream_blocks": Tokens(counted="x_embedder"),
         },
         width=lambda network: network.inner_dim, depth=0.25,
     ),

@@ -43,13 +43,13 @@ def without_frames(latents: Tensor) -> Tensor:
         return latents
     if latents.shape[2] != 1:
         raise TargetError(
-            f"the latent is a video of {latents.shape[2]} frames, and one picture can be read out: give a latent of one frame"
+            f"the latent is a video of {latents.shape[2]} frames, and one picture can be read out: give one frame"
         )
     return latents[:, :, 0]
 
 
 def spread(values: Tensor, like: Tensor) -> Tensor:
-    """Values (B, ...) with as many axes as latents (B, C, H, W) or (B, C, 1, H, W) have: masks (B, 1, H, W) get a frame's."""
+    """Values (B,), or masks (B, 1, H, W), with the axes of latents (B, C, H, W) or (B, C, 1, H, W)."""
     missing = like.ndim - values.ndim
     if values.ndim == 4 and missing:
         return values[:, :, None]

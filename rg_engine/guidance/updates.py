@@ -12,7 +12,7 @@ PAPER_LEARNING_RATE = 0.02
 
 
 def rms_step(gradient: Tensor, length: float | Tensor) -> Tensor:
-    """The move (B, C, H, W), or (B, C, 1, H, W), against the gradient, of RMS ``length`` in every picture (fast and norm_ratio mode).
+    """The move against the gradient, (B, C, H, W) as that, of RMS ``length`` in every picture (fast and norm_ratio mode).
 
     A picture whose gradient is zero or not finite does not move.
     """

@@ -33,9 +33,10 @@ def models_are_let_go():
 
 
 def seen(name, model, look, latent=None, cfg=1.0, steps=2, batch=1):
-    """``look(network, backbone, run, x)`` at the second model call of a sampling; run(x) runs the network as it was called."""
-    import nodes
+    """``look(network, backbone, run, x)`` at the second model call of a sampling; run(x) runs the network as it ran."""
     from comfy.patcher_extension import WrappersMP
+
+    import nodes
 
     backbone, found = engine("comfy_host.loaded.model").backbone_of(model), []
     network = model.model.diffusion_model
@@ -114,7 +115,7 @@ def test_the_map_is_in_the_right_place(name, odd):
         wrong = []
         for row, column in ((1, 2), (3, 0), (rows - 2, columns - 2)):
             changed = x.clone()
-            cells = (slice(row * layout.patch, (row + 1) * layout.patch), slice(column * layout.patch, (column + 1) * layout.patch))
+            cells = (slice(i * layout.patch, (i + 1) * layout.patch) for i in (row, column))
             changed[(..., *cells)] += 0.3
             maps = []
             for latent in (x, changed):
@@ -170,7 +171,8 @@ def test_the_gradient_is_that_of_finite_differences(name, graph, monkeypatch):
         return worst, float((gradients[0] - gradients[-1]).norm() / gradients[0].norm())
 
     error, between = seen(name, model, look)
-    assert error < (1e-3 if single else 1e-4) and between < (1e-5 if single else 1e-9)
+    assert error < (1e-3 if single else 1e-4)
+    assert between < (1e-5 if single else 1e-9)
 
 
 def gradient_of(network, backbone, run, x, direction, graph):
@@ -193,7 +195,8 @@ def test_guidance_lowers_the_loss_and_moves_of_no_length_change_nothing(name, mo
     with_moves, picture = losses(name, model, target(model), monkeypatch, cfg=cfg)
     without, still = losses(name, model, target(model), monkeypatch, cfg=cfg, still=True)
     plain = guided(name, model, None, cfg=cfg)
-    assert with_moves[-1] < without[-1] and not torch.equal(picture, plain)
+    assert with_moves[-1] < without[-1]
+    assert not torch.equal(picture, plain)
     difference = float((still - plain).abs().max() / plain.abs().max())
     # ComfyUI runs prompts of one length together, and the guided one runs by itself.
     assert difference <= (2e-6 if name.startswith(("flux2", "hunyuan-dit")) else 0.0)
@@ -267,7 +270,8 @@ def test_everything_is_put_back_after_an_error(name, where, monkeypatch):
             patched.setattr(layer, "forward", broken)
         if where == "head":
             patched.setattr(wanted.head.network, "forward", broken)
-        patched.setattr(engine("comfy_host.guided.model"), "choose_graph", lambda *_: "light" if where == "rerun" else "full")
+        graph = "light" if where == "rerun" else "full"
+        patched.setattr(engine("comfy_host.guided.model"), "choose_graph", lambda *_: graph)
         with contextlib.nullcontext() if where == "nowhere" else pytest.raises(ZeroDivisionError):
             guided(name, model, wanted)
     layer.__dict__.pop("forward", None)
@@ -287,14 +291,14 @@ def test_a_lora_is_followed_and_taken_off(name, monkeypatch):
     import comfy.lora_convert  # noqa: F401
 
     model = made(name)
-    key = next(key for key in model.model.state_dict() if key.endswith("weight") and "qkv" in key or key.endswith("q.weight")
-               or key.endswith("to_q.weight"))  # fmt: skip
+    key = next(key for key in model.model.state_dict() if key.endswith(("qkv.weight", "q.weight")))
     weight = model.model.state_dict()[key]
     patched = model.clone()
     patched.add_patches({key: (torch.randn(weight.shape, generator=torch.Generator().manual_seed(4)) * 0.05,)}, 1.0)
     with_lora, picture = losses(name, patched, target(model), monkeypatch)
     without, plain = losses(name, model, target(model), monkeypatch)
-    assert with_lora[-1] != without[-1] and not torch.equal(picture, plain)
+    assert with_lora[-1] != without[-1]
+    assert not torch.equal(picture, plain)
     assert torch.equal(losses(name, model, target(model), monkeypatch)[1], plain)
 
 
@@ -395,4 +399,5 @@ def test_passes_that_only_read_end_at_the_tap():
 
 
 def test_every_family_of_the_newest_comfyui_is_there():
-    assert find_comfyui().exists() and sum(is_there(name) for name in FAMILIES) >= 17
+    assert find_comfyui().exists()
+    assert sum(is_there(name) for name in FAMILIES) >= 17

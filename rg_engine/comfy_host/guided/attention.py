@@ -17,12 +17,12 @@ SMALL = 256  # cells; for more, the sub-quadratic kernel takes longer and keeps 
 
 
 def check_attention(backbone: Backbone) -> None:
-    """Raises BackboneError for a transformer that takes whatever kernel ComfyUI was started with, if that has no backward."""
+    """Raises BackboneError for a transformer that takes ComfyUI's own choice of kernel, if that one has no backward."""
     kernel = optimized_attention.__name__
     if not backbone.names_kernel and kernel not in (*KERNELS_WITH_BACKWARD, "attention_sub_quad"):
         raise BackboneError(
-            f"{backbone.name} runs with {kernel}, which has no backward, and lets no node choose another: start ComfyUI with "
-            "--use-pytorch-cross-attention"
+            f"{backbone.name} runs with {kernel}, which has no backward, and lets no node choose another: start ComfyUI "
+            "with --use-pytorch-cross-attention"
         )
 
 

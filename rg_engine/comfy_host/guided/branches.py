@@ -274,8 +274,7 @@ class BranchReader:
 
 
 def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:
-    """ControlNets' outputs are added in place, and transformers' blocks and other nodes' patches and layers do what inference
-    allows.
+    """ControlNets' outputs are added in place, and transformers' blocks and other nodes' patches do what inference allows.
 
     Making room for that slows every operation a little, so it is on only then.
     """

@@ -60,10 +60,9 @@ def _from_inverted(
     sampling = model.get_model_object("model_sampling")
     sigma = comfy.samplers.calculate_sigmas(sampling, scheduler, steps)[:1]
     one = torch.ones(1)
-    if float(sampling.noise_scaling(sigma, 0 * one, one, True)) == 1:
-        noise, begin = torch.zeros_like(x), x
-    else:
-        noise, begin = model.model.process_latent_in(x) / sampling.noise_scaling(sigma, one, 0 * one, True), torch.zeros_like(x)
+    noise, begin = torch.zeros_like(x), x
+    if float(sampling.noise_scaling(sigma, 0 * one, one, True)) != 1:
+        noise, begin = model.model.process_latent_in(x) / sampling.noise_scaling(sigma, one, 0 * one, True), noise
     samples = comfy.sample.sample(
         model, noise, steps, cfg, sampler_name, scheduler, positive, negative, begin, denoise=denoise,
         callback=latent_preview.prepare_callback(model, steps), disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED, seed=seed,

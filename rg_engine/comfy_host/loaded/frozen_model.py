@@ -30,12 +30,14 @@ Result = TypeVar("Result")
 
 
 def with_frozen_model(
-    model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result], backbone: Backbone | None = None
-) -> Result:
+    model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result],
+    backbone: Backbone | None = None,
+) -> Result:  # fmt: skip
     """Load ``model`` (a ModelPatcher) as for sampling latents of ``shape`` (B, C, h, w), and give ``work``'s result.
 
-    backbone: tapped where it is read, unless at its own taps. positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each. Raises
-    TargetError for a combined or a regional prompt: features have to be the whole picture's.
+    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each.
+    backbone: tapped where it is read, if not at its own taps. Raises TargetError for a combined or a regional prompt:
+    features have to be the whole picture's.
     """
     backbone = backbone or backbone_of(model)
     if positive is not None:

@@ -45,9 +45,7 @@ class GradientScope:
         self._transformer = backbone is not None and backbone.is_transformer
         again = backbone.blocks if backbone is not None and graph == "light" else ()
         self._again = {network.get_submodule(path) for path in again}
-        self._modules = [
-            m for m in network.modules() if m._parameters or m._buffers or may_be_light(m) or m in self._again
-        ]
+        self._modules = [m for m in network.modules() if m._parameters or m._buffers or may_be_light(m) or m in self._again]
         self._aliases: dict[int, Tensor] = {}  # by the id of the parameter; both live as long as the run
         self._kept: list[tuple[dict[str, Any], str, Any]] = []  # (table, name, what it held); MISSING if nothing
         self._modes = contextlib.ExitStack()

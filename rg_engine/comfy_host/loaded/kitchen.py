@@ -14,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 try:
     from comfy_kitchen.backends.eager import adaln, rope
 
-    _EAGER = (rope, adaln)
+    _EAGER: tuple[Any, ...] = (rope, adaln)
 except ImportError:  # a ComfyUI without it
     _EAGER = ()
 PREFIX = "comfy_kitchen::"

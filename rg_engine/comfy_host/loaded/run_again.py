@@ -38,7 +38,8 @@ def block_again(block: nn.Module) -> Callable[..., Any]:
         args, kwargs = _copied(args, {}), {name: _copied(value, {}) for name, value in kwargs.items()}
 
         def run(*inputs: Tensor) -> Any:
-            fresh = {id(old): new.clone() for old, new in [*zip(moving, inputs, strict=True), *zip(still, still, strict=True)]}
+            fresh = {id(tensor): tensor.clone() for tensor in still}
+            fresh |= {id(old): new.clone() for old, new in zip(moving, inputs, strict=True)}
             return original(*_copied(args, fresh), **{name: _copied(value, fresh) for name, value in kwargs.items()})
 
         return run_again(run, *moving)
