@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.demo_model import load_demo_model
+from ..rg_engine.comfy_host.demo_model import NETWORKS, Network, load_demo_model
 from ..rg_engine.demo.scene_pictures import SEQUENCES, scene_pictures
 from .schema import Readout, Tracks, schema
 
@@ -19,13 +19,19 @@ class LoadDemoModel(io.ComfyNode):
             description="A small text-to-image model that comes with this extension, so that its workflows run without "
             "a download. It draws jointed figures, balls, boxes and cones, 128 pixels square. Prompt it like: a red "
             "figure and a blue ball, grey wall.",
-            inputs=[],
+            inputs=[
+                io.Combo.Input(
+                    "network", options=list(NETWORKS), default=NETWORKS[0], optional=True,
+                    tooltip="UNet: of Stable Diffusion's kind, with heads demo_... transformer: of Lumina's and Z-Image's "
+                    "kind, with heads demo_transformer_...",
+                )
+            ],
             outputs=[io.Model.Output("MODEL"), io.Clip.Output("CLIP"), io.Vae.Output("VAE")],
-        )
+        )  # fmt: skip
 
     @classmethod
-    def execute(cls) -> io.NodeOutput:
-        return io.NodeOutput(*load_demo_model())
+    def execute(cls, network: Network = NETWORKS[0]) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_model(network))
 
 
 class DemoScene(io.ComfyNode):

@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
+    evaluate.add_argument("--network", default="UNet", choices=["UNet", "transformer"], help="of the demo model")
     evaluate.add_argument("--device", default="auto", choices=["auto", "cpu"])
 
     benchmark = commands.add_parser("benchmark", help="what guidance costs, in time and memory; writes benchmark.json")
@@ -58,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--device", default="cpu")
     make.add_argument("--shards", type=int, default=60, help="of 2000 pictures")
     make.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
+    make.add_argument("--network", default="UNet", choices=["UNet", "transformer"], help="that heads are trained on")
     make.add_argument("--compile", action="store_true", help="the transformer, by torch.compile: twice as fast on a CPU")
     make.add_argument("--heads", nargs="+", default=None, help="of the part heads, only these")
     sizes = (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("transformer", 5400, 128), ("estimator", 6000, 64))
@@ -108,7 +110,7 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "evaluate":
             from .lab.evaluate import run_evaluation
 
-            run_evaluation(options.out, options.pictures, options.tables)
+            run_evaluation(options.out, options.pictures, options.tables, options.network)
             return 0
         if options.command == "packs":
             from .lab.packs.run import run_packs

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..comfy_host.demo_model import load_demo_model
+from ..comfy_host.demo_model import NETWORKS, Network, load_demo_model
 from ..comfy_host.training.head import train_head
 from ..comfy_host.training.node import graph_examples
 from ..demo import DEMO_HEADS
@@ -19,6 +19,7 @@ from ..demo.world import Scene
 from ..heads import ReadoutHead, save_head
 from ..training import Examples, TrainingSettings, in_a_row
 from ..types import HeadKind
+from .demo_world import encoded, head_path
 
 CHUNK = 100  # scenes drawn and encoded at once
 
@@ -36,14 +37,15 @@ class Recipe:
     steps: int = 1600
     batch: int = 12
     shift: float = 0.0
+    networks: tuple[Network, ...] = NETWORKS
 
 
 RECIPES = (
     Recipe(name="demo_pose", kind="spatial", layer="pose", background=-0.5),
     Recipe(name="demo_depth", kind="spatial", layer="depth"),
     Recipe(name="demo_edges", kind="spatial", layer="edges", background=-0.5),
-    Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0, shift=0.125),
-    Recipe(name="demo_sketch", kind="lgp", layer="edges", shift=0.125),
+    Recipe(name="demo_keypoints", kind="keypoint", layer="keypoints", background=0.0, shift=0.125, networks=("UNet",)),
+    Recipe(name="demo_sketch", kind="lgp", layer="edges", shift=0.125, networks=("UNet",)),
     Recipe(
         name="demo_correspondence", kind="correspondence", layer="tracks", sequence="pairs", steps=2400, batch=8, shift=0.125
     ),
@@ -53,24 +55,29 @@ WIDTH = 64
 TRAINING_SEED = 31  # of the scenes; evaluations take others
 
 
+def recipes_of(network: Network) -> tuple[Recipe, ...]:
+    return tuple(recipe for recipe in RECIPES if network in recipe.networks)
+
+
 def demo_recipe(name: str) -> Recipe:
     return next(recipe for recipe in RECIPES if recipe.name == name)
 
 
-def train_demo_heads(work: Path, examples: int = 4000, names: list[str] | None = None) -> None:
-    """Train every demo head (or ``names``); each goes on from its checkpoint in ``work``."""
+def train_demo_heads(work: Path, examples: int = 4000, names: list[str] | None = None, network: Network = "UNet") -> None:
+    """Train every demo head of a network (or ``names``); each goes on from its checkpoint in ``work``."""
     with torch.inference_mode():
-        model, clip, vae = load_demo_model()
+        model, clip, vae = load_demo_model(network)
     DEMO_HEADS.mkdir(parents=True, exist_ok=True)
-    for recipe in RECIPES:
+    for recipe in recipes_of(network):
         if names and recipe.name not in names:
             continue
         settings = TrainingSettings(
             steps=recipe.steps, batch=recipe.batch, shift=recipe.shift, validation_share=0.02, validate_every=250, ema=0.995
         )
         data, scenes = demo_examples(recipe, examples, vae, TRAINING_SEED)
-        head = train_demo_head(model, clip, recipe, data, scenes, settings, checkpoint=work / f"{recipe.name}.checkpoint")
-        save_head(head, DEMO_HEADS / f"{recipe.name}.safetensors", dtype=torch.float16)
+        path = head_path(recipe.name, network)
+        head = train_demo_head(model, clip, recipe, data, scenes, settings, checkpoint=work / f"{path.stem}.checkpoint")
+        save_head(head, path, dtype=torch.float16)
 
 
 def train_demo_head(
@@ -86,13 +93,14 @@ def train_demo_head(
 
     shown = [scene.caption() if i % 2 else "" for i, scene in enumerate(scenes)]
     with torch.inference_mode():
-        encoded = {caption: clip.encode(caption) for caption in set(shown)}
-        positive = [[torch.cat([encoded[caption] for caption in shown]), {}]]
+        positive = encoded(clip, shown)
     head, _ = train_head(
         model, data, settings, name=f"{recipe.name}.safetensors", positive=positive, projection=WIDTH,
         background=recipe.background, facts={"control": recipe.layer}, report=report, **more,
     )  # fmt: skip
-    return dataclasses.replace(head, spec=dataclasses.replace(head.spec, backbone="demo model"))
+    if head.spec.backbone == "a UNet":
+        return dataclasses.replace(head, spec=dataclasses.replace(head.spec, backbone="demo model"))
+    return head
 
 
 def demo_examples(

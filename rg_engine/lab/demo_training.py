@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..comfy_host.demo_model import Denoiser
-from ..comfy_host.demo_transformer import TransformerDenoiser
+from ..comfy_host.demo_model import Denoiser, TransformerDenoiser
 from ..demo import AUTOENCODER, DENOISER, ESTIMATOR, TRANSFORMER
 from ..demo.autoencoder import Autoencoder
 from ..demo.text import TextEncoder
@@ -65,7 +64,7 @@ def train_demo(parts: list[str], work: Path, options: Any) -> None:
             )
             shutil.copy(work / ESTIMATOR.name, ESTIMATOR)
         else:
-            train_demo_heads(work / "heads", names=options.heads)
+            train_demo_heads(work / "heads", names=options.heads, network=options.network)
 
 
 def _text_encoder(device: str) -> Any:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..comfy_host.demo_model import Network
 from ..comfy_host.loaded.frozen_model import FrozenModel, with_frozen_model
 from ..demo.measure import mean_and_error
 from ..demo.scores import auc, figure_extent, nearest_places, pck, peaks
@@ -26,8 +27,8 @@ from ..guidance import GuidanceSettings
 from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
-from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
-from .demo_world import World, demo_head, load_world
+from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
+from .demo_world import World, encoded, load_world
 from .evaluate_edits import drags_table, identity_table
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
@@ -38,9 +39,9 @@ STEPS_OF_A_TRIAL = 1500
 BATCH = 16
 
 
-def run_evaluation(out: Path, pictures: int, tables: list[str]) -> dict[str, Any]:
-    """Measure ``tables`` (all of TABLES unless told), print them, and write them into out/evaluation.json, beside older
-    ones."""
+def run_evaluation(out: Path, pictures: int, tables: list[str], network: Network = "UNet") -> dict[str, Any]:
+    """Measure ``tables`` (all of TABLES unless told) on the demo model with a network, print them, and write them into
+    out/evaluation.json, beside older ones."""
     import comfy.utils
 
     logging.getLogger().setLevel(logging.WARNING)
@@ -51,12 +52,13 @@ def run_evaluation(out: Path, pictures: int, tables: list[str]) -> dict[str, Any
     out.mkdir(parents=True, exist_ok=True)
     path = out / "evaluation.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    world = load_world(pictures)
+    world = load_world(pictures, network)
     for name in tables or list(TABLES):
+        key = name if network == "UNet" else f"{name}, {network}"
         with torch.inference_mode():
-            report[name] = TABLES[name](world)
+            report[key] = TABLES[name](world)
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
-        print(f"\n{name}\n{markdown(report[name])}\n", flush=True)
+        print(f"\n{key}\n{markdown(report[key])}\n", flush=True)
     return report
 
 
@@ -65,18 +67,18 @@ def heads_table(world: World) -> list[dict[str, Any]]:
     return [
         {
             "head": recipe.name,
-            **_rounded(read_scores(world, demo_head(recipe.name), recipe, 0.2)),
+            **_rounded(read_scores(world, world.head(recipe.name), recipe, 0.2)),
             **_rounded(guided_scores(world, recipe)),
         }
-        for recipe in RECIPES
+        for recipe in recipes_of(world.network)
     ]
 
 
 def timesteps_table(world: World) -> list[dict[str, Any]]:
     """Each head's main score by the part of the diffusion time."""
     rows = []
-    for recipe in RECIPES:
-        scores = [read_scores(world, demo_head(recipe.name), recipe, time) for time in TIMES]
+    for recipe in recipes_of(world.network):
+        scores = [read_scores(world, world.head(recipe.name), recipe, time) for time in TIMES]
         name = next(iter(scores[0]))
         rows.append(
             {"head": recipe.name, "score": name, **{f"{t:g}": round(s[name], 3) for t, s in zip(TIMES, scores, strict=True)}}
@@ -129,7 +131,7 @@ def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) ->
     """How well a head reads unseen scenes noised to ``time``, the main score first."""
     data, scenes = demo_examples(recipe, READ_SCENES, world.vae, SCENE_SEED)
     with torch.inference_mode():
-        contexts = torch.cat([world.clip.encode(scene.caption()) for scene in scenes])
+        prompts = encoded(world.clip, [scene.caption() for scene in scenes])
     noise = torch.randn(data.latents.shape, generator=torch.Generator().manual_seed(1))
     rows = data.groups.flatten()
 
@@ -141,7 +143,7 @@ def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) ->
             for part in rows.split(BATCH * data.groups.shape[1])
         ]
 
-    readings = with_frozen_model(world.model, [[contexts, {}]], (BATCH, *data.latents.shape[1:]), read)
+    readings = with_frozen_model(world.model, prompts, (BATCH, *data.latents.shape[1:]), read)
     with torch.no_grad():
         readout = torch.cat([head.read(r.features, r.emb, data.cells, r.noise_level) for r in readings])
     match recipe.kind:
@@ -189,7 +191,7 @@ def guided_scores(world: World, recipe: Recipe, head: ReadoutHead | None = None)
         ways[mode] = Way(settings=GuidanceSettings(mode=mode))
     scores: dict[str, list[np.ndarray]] = {}
     with torch.inference_mode():
-        for made in steer(world, recipe, head or demo_head(recipe.name), ways):
+        for made in steer(world, recipe, head or world.head(recipe.name), ways):
             for name, values in scene_scores(world, recipe, made).items():
                 scores.setdefault(f"{made.way} {name}", []).append(values)
     means = {name: mean_and_error(np.concatenate(values)) for name, values in scores.items()}

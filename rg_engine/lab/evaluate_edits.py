@@ -17,7 +17,7 @@ from ..demo.scene_pictures import sample_scenes
 from ..demo.world import COLOURS, JOINTS, Scene
 from ..guidance import GuidanceSettings, Target
 from ..types import Drag
-from .demo_world import World, demo_head, sample
+from .demo_world import World, encoded, sample
 
 DRAG_SEED = 6007
 #: What is dragged, and how far guidance goes for it (the sampler's strength).
@@ -105,7 +105,7 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
         sampling: dict[str, Any] = {"prompt": scene.caption(), "seed": seed, "steps": STEPS}
         if source == "inverted":
             picture = torch.from_numpy(render(scene).image / np.float32(255))[None]
-            prompt = [[world.clip.encode(scene.caption()), {}]]
+            prompt = encoded(world.clip, [scene.caption()])
             latent = {"samples": world.vae.encode(picture)}
             start, error = invert_latent(world.model, latent, steps=INVERSION_STEPS, scheduler="normal", positive=prompt)
             sampling |= {"steps": INVERSION_STEPS, "cfg": 1.0, "sampler_name": "euler"}
@@ -116,7 +116,7 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
             continue
         region = _moved_region(task)
         settings = GuidanceSettings(strength=MOVES[move])
-        after = sample(world, drag_target(task.drags), start, settings, **sampling)
+        after = sample(world, drag_target(world, task.drags), start, settings, **sampling)
         goals = torch.tensor([drag.end for drag in task.drags[: len(task.joints)]])
         kept = ~region
         other = sample(world, None, {"samples": torch.zeros(1, 4, 16, 16)}, **{**sampling, "seed": seed + 5000})
@@ -134,10 +134,10 @@ def _measure_drags(world: World, source: str, move: str) -> dict[str, float]:
     return {"drags": done, **{name: float(f"{np.mean(each):.3g}") for name, each in found.items()}}
 
 
-def drag_target(drags: tuple[Drag, ...]) -> Target:
+def drag_target(world: World, drags: tuple[Drag, ...]) -> Target:
     """What the drag workflows chain: a correspondence and an appearance target."""
-    look = Target(head=demo_head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
-    return Target(head=demo_head("demo_correspondence"), end_percent=END_PERCENT, drags=drags, previous=look)
+    look = Target(head=world.head("demo_appearance"), weight=APPEARANCE_WEIGHT, end_percent=END_PERCENT)
+    return Target(head=world.head("demo_correspondence"), end_percent=END_PERCENT, drags=drags, previous=look)
 
 
 def identity_table(world: World) -> list[dict[str, Any]]:
@@ -170,13 +170,13 @@ def identity_target(world: World, scene: Scene, other: Scene, weight: float) -> 
     seen, wanted = render(scene), render(other)
     pose = torch.from_numpy(pose_map(other.figure) / np.float32(255))[None]
     return Target(
-        head=demo_head("demo_appearance"),
+        head=world.head("demo_appearance"),
         weight=weight,
         end_percent=IDENTITY_END,
         reference_latent=world.vae.encode(torch.from_numpy(seen.image / np.float32(255))[None]),
         reference_mask=torch.from_numpy(seen.figure_mask)[None].float(),
         mask=torch.from_numpy(wanted.figure_mask)[None].float(),
-        previous=Target(head=demo_head("demo_pose"), image=pose),
+        previous=Target(head=world.head("demo_pose"), image=pose),
     )
 
 

@@ -380,9 +380,9 @@ def test_heads_are_trained_on_it(name, block):
 
 
 def test_the_prompt_is_needed():
+    latent = {"samples": zero_latent("sd3")}
     with pytest.raises(engine("errors").TargetError, match="needs a prompt"):
-        node("RG_ReadOut", model=made("sd3"), head=head(made("sd3")), latent={"samples": zero_latent("sd3")}, noise_percent=0.1,
-             seed=0)  # fmt: skip
+        node("RG_ReadOut", model=made("sd3"), head=head(made("sd3")), latent=latent, noise_percent=0.1, seed=0)
 
 
 def test_passes_that_only_read_end_at_the_tap():

@@ -15,7 +15,7 @@ import comfy.supported_models
 import torch
 from torch import Tensor, nn
 
-from ...comfy_host.demo_model import UNET_CONFIG, DemoModelConfig
+from ...comfy_host.demo_model.unet import UNET_CONFIG, DemoModelConfig
 from ...comfy_host.loaded.model import backbone_of
 from ...heads import ReadoutHead
 from ...training import new_head

@@ -16,7 +16,7 @@ from ...comfy_host.guided.model import guide
 from ...comfy_host.loaded.gradient_scope import Graph
 from ...demo.scene_pictures import scene_pictures
 from ...guidance import GuidanceSettings, Target
-from ..demo_world import demo_head
+from ..demo_world import demo_head, encoded
 
 KEY = "timing"
 TURNS = 2
@@ -63,7 +63,7 @@ def time_demo(settings: GuidanceSettings, steps: int) -> float:
     """:func:`whole_picture_ratio` of the demo model with its pose head, PICTURES pictures at once."""
     model, clip, _ = load_demo_model()
     picture = scene_pictures(0, 1, figure_only=True).pose
-    conds = [[clip.encode("a red figure, grey wall"), {}]], [[clip.encode(""), {}]]
+    conds = encoded(clip, ["a red figure, grey wall"]), encoded(clip, [""])
     target = Target(head=demo_head("demo_pose"), image=picture)
     latent = torch.zeros(PICTURES, model.model.latent_format.latent_channels, 16, 16)
     return whole_picture_ratio(model, target, settings, conds, latent, steps=steps, turns=TURNS)

@@ -33,7 +33,7 @@ def _quantised(bench: Bench, guide: Guide, kind: str, lora: bool) -> Tensor:
     import comfy.sd
     import gguf as library
 
-    from ....comfy_host.demo_model import UNET_CONFIG, DemoModelConfig
+    from ....comfy_host.demo_model.unet import UNET_CONFIG, DemoModelConfig
 
     assert bench.folder is not None
     ops = pack_module(bench.folder / GGUF, "ops")

@@ -1,4 +1,4 @@
-"""The second embedded demo model: a transformer of flow's kind, as ComfyUI's own objects."""
+"""The demo model's transformer, of Lumina 2's kind, predicting a flow's velocity."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ import torch
 from comfy.ldm.lumina.model import NextDiT
 from torch import Tensor, nn
 
-from ..demo.autoencoder import LATENT_CHANNELS
-from ..demo.text import MAX_TOKENS, WIDTH
-from .demo_model import DemoLatent
+from ...demo import TRANSFORMER
+from ...demo.autoencoder import LATENT_CHANNELS
+from ...demo.text import MAX_TOKENS, WIDTH
+from .files import fill, load
+from .latent import DemoLatent
 
 #: What the width of the feed-forward layers is a multiple of: ComfyUI has changed it.
 _FEED_FORWARD_WIDTHS = 4.0 if inspect.signature(NextDiT).parameters["ffn_dim_multiplier"].default is None else 1.0
@@ -43,8 +45,18 @@ class DemoTransformerConfig(comfy.supported_models.Lumina2):
     supported_inference_dtypes = [torch.float32]
 
 
-def new_transformer(device: Any = None) -> Any:
-    """A ComfyUI model of this kind with uninitialised weights."""
+def load_transformer(device: Any) -> Any:
+    """ComfyUI's model on a device."""
+    model = _new_transformer(device)
+    weights = load(TRANSFORMER)
+    if "norm_final.weight" in model.diffusion_model.state_dict():  # of older ComfyUIs, which don't use it
+        weights["network.norm_final.weight"] = torch.ones_like(model.diffusion_model.norm_final.weight)
+    fill(model.diffusion_model, weights, "network.", TRANSFORMER)
+    return model
+
+
+def _new_transformer(device: Any = None) -> Any:
+    """With uninitialised weights."""
     return DemoTransformerConfig(dict(TRANSFORMER_CONFIG)).get_model({}, "", device=device)
 
 
@@ -53,7 +65,7 @@ class TransformerDenoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = new_transformer().diffusion_model
+        self.network = _new_transformer().diffusion_model
         for name, module in self.network.named_modules():  # ComfyUI's layers come uninitialised
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
