@@ -8,6 +8,9 @@ from pathlib import Path
 
 from .errors import ReadoutGuidanceError
 
+#: What can be counted: UNets, and transformers at their real sizes.
+COUNTED = ["demo", "small", "sd15", "sdxl", "sd3-m", "flux-dev", "flux.2-klein", "z-image", "qwen-image", "wan2.2-5b"]
+
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m rg_engine", description="Readout guidance outside of ComfyUI's page.")
@@ -41,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     benchmark.add_argument("--dtype", default="auto", choices=["auto", "float32", "float16", "bfloat16"])
     benchmark.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     benchmark.add_argument("--pictures", nargs="+", type=int, default=[], metavar="STEPS", help="whole pictures as well")
-    benchmark.add_argument("--count", nargs="+", default=[], metavar="SHAPE", choices=["demo", "small", "sd15", "sdxl"],
+    benchmark.add_argument("--count", nargs="+", default=[], metavar="SHAPE", choices=COUNTED,
                            help="operations and bytes of these shapes, counted without computing")  # fmt: skip
     benchmark.add_argument("--runs", type=int, default=0, help="so many guided runs, for their memory")
     benchmark.add_argument("--frontier", type=int, default=0, metavar="PICTURES", help="control against cost, demo model")
@@ -62,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--network", default="UNet", choices=["UNet", "transformer"], help="that heads are trained on")
     make.add_argument("--compile", action="store_true", help="the transformer, by torch.compile: twice as fast on a CPU")
     make.add_argument("--heads", nargs="+", default=None, help="of the part heads, only these")
-    sizes = (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("transformer", 5400, 128), ("estimator", 6000, 64))
+    sizes = (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("transformer", 3800, 128), ("estimator", 6000, 64))
     for part, steps, batch in sizes:
         make.add_argument(f"--{part}-steps", type=int, default=steps)
         make.add_argument(f"--{part}-batch", type=int, default=batch)

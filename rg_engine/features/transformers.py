@@ -37,7 +37,7 @@ class Family:
     patch: Side = lambda network: int(network.patch_size)
     depth: float = 0.4
     known: Mapping[int, int] = dataclasses.field(default_factory=dict)
-    streams: float = 15.0
+    streams: Callable[[Any], float] = lambda network: 15.0
     refine: Callable[[Any, str, Tokens], Tokens] = lambda network, part, layout: layout
     variant: Callable[[Any], str] = lambda network: ""
     names_kernel: bool = True
@@ -57,7 +57,7 @@ class Family:
         return Backbone(
             name=f"{self.name}{self.variant(network)} of {len(taps)}x{width}", taps=(), channels=(), emb_tap=None,
             emb_width=NOISE_EMBEDDING_WIDTH, available=tuple(taps), blocks=tuple(tap.path for tap in taps),
-            streams=self.streams, names_kernel=self.names_kernel,
+            streams=self.streams(network), names_kernel=self.names_kernel,
         ).at([taps[place].path])  # fmt: skip
 
 
@@ -89,6 +89,17 @@ def _self_attention(network: Any) -> str:
     return ".5-M" if any(getattr(block.x_block, "x_block_self_attn", False) for block in network.joint_blocks) else ""
 
 
+def _sd3_streams(network: Any) -> float:
+    block = network.joint_blocks[0].x_block
+    if getattr(block, "x_block_self_attn", False):
+        return 19
+    return 10 if isinstance(getattr(block.attn, "ln_q", nn.Identity()), nn.Identity) else 13
+
+
+def _flux_streams(network: Any) -> float:
+    return 15.5 if network.patch_size == 1 else 11.2  # Flux.2, Flux
+
+
 def _padded(network: Any, _part: str, layout: Tokens) -> Tokens:
     """Z-Image pads its streams to a multiple of tokens."""
     return dataclasses.replace(layout, multiple=getattr(network, "pad_tokens_multiple", None) or 1)
@@ -105,38 +116,41 @@ _FLUX = {"double_blocks": Tokens(item=0), "single_blocks": Tokens(place="end", c
 FAMILIES = (
     Family(
         name="SD3", signs=("joint_blocks", "x_embedder", "t_embedder"), blocks={"joint_blocks": Tokens(item=1)},
-        width=_hidden, known={24: 12}, streams=12, variant=_self_attention,
+        width=_hidden, known={24: 12}, streams=_sd3_streams, variant=_self_attention,
     ),
     Family(
         name="Chroma", signs=("double_blocks", "single_blocks", "img_in", "distilled_guidance_layer"), blocks=_FLUX,
-        width=_hidden, depth=1 / 3, known={57: 18}, streams=11,
+        width=_hidden, depth=1 / 3, known={57: 18}, streams=_flux_streams,
     ),
     Family(
         name="Hunyuan", signs=("double_blocks", "single_blocks", "img_in.proj"),
         blocks={"double_blocks": Tokens(item=0), "single_blocks": Tokens(place="end")}, width=_hidden, patch=_last,
-        refine=_picture_first, streams=11,
+        refine=_picture_first, streams=lambda network: 11.0,
     ),
     Family(
         name="Flux", signs=("double_blocks", "single_blocks", "img_in"), blocks=_FLUX, width=_hidden,
-        depth=1 / 3, known={56: 18, 25: 9}, streams=11,
+        depth=1 / 3, known={57: 18, 56: 18, 25: 9}, streams=_flux_streams,
     ),
     Family(
         name="Lumina", signs=("noise_refiner", "context_refiner", "cap_embedder", "layers"),
         blocks={"noise_refiner": Tokens(place="end"), "layers": Tokens(place="end")}, width=lambda network: network.dim,
-        refine=_padded, known={28: 12, 32: 13}, streams=22,
+        refine=_padded, known={28: 12, 32: 13},
+        streams=lambda network: 19 if getattr(network, "pad_tokens_multiple", None) else 22,
     ),
     Family(
         name="Qwen-Image", signs=("transformer_blocks", "txt_norm", "img_in", "time_text_embed"),
-        blocks={"transformer_blocks": Tokens(item=1)}, width=lambda network: network.inner_dim, streams=12,
+        blocks={"transformer_blocks": Tokens(item=1)}, width=lambda network: network.inner_dim,
+        streams=lambda network: 12.1,
     ),
     Family(
         name="Wan", signs=("blocks", "patch_embedding", "time_projection"), blocks={"blocks": Tokens(exact=True)},
         width=lambda network: network.dim, patch=_last,
+        streams=lambda network: 13.0,
     ),
     Family(
         name="AuraFlow", signs=("double_layers", "single_layers", "register_tokens"),
         blocks={"double_layers": Tokens(item=1), "single_layers": Tokens(place="end")},
-        width=lambda network: network.init_x_linear.out_features, known={36: 14}, streams=16,
+        width=lambda network: network.init_x_linear.out_features, known={36: 14}, streams=lambda network: 16.0,
     ),
     Family(
         name="PixArt", signs=("blocks", "t_block", "y_embedder"), blocks={"blocks": Tokens()}, width=_hidden,

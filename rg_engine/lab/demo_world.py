@@ -20,8 +20,8 @@ from ..heads import ReadoutHead, load_head
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class World:
-    """The demo model with this network: model, clip and vae as ComfyUI has them; estimator, the referee; pictures, how many a
-    figure is taken over."""
+    """The demo model with this network: model, clip and vae as ComfyUI has them; estimator, the referee; pictures, how many
+    a figure is taken over."""
 
     network: Network
     model: Any

@@ -26,7 +26,7 @@ from ...guidance.crop_marks import crop_of
 from ...guidance.schedule import DRAG_INTERVAL, LOOK_INTERVAL
 from ...types import Region
 from ..loaded.gradient_scope import Graph
-from ..loaded.memory import GraphSize, choose_graph, with_room_for_graph
+from ..loaded.memory import GraphSize, choose_graph, tokens_beside, with_room_for_graph
 from ..loaded.model import heads_on, tapped_for
 from ..loaded.random_state import random_state_kept
 from .attention import check_attention
@@ -142,13 +142,15 @@ class ModelGuidance:
             lambda i, percent: targets[i].counts_at(percent), min(longest, default=1.0),
         )  # fmt: skip
 
-    def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+    def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
             heads, branches = tuple(target.head for target in self.targets), 2 if self.settings.mode == "reference" else 1
-            size = GraphSize(backbone=self.backbone, heads=heads, branches=branches)
+            size = GraphSize(
+                backbone=self.backbone, heads=heads, branches=branches, text=tokens_beside(conds, self.backbone)
+            )  # fmt: skip
             self._run.graph = self.graph or choose_graph(model, size, noise_shape)
             noise_shape = with_room_for_graph(model, size, noise_shape, self._run.graph)
-        return executor(model, noise_shape, *args, **kwargs)
+        return executor(model, noise_shape, conds, *args, **kwargs)
 
     def sampler_sample(
         self,

@@ -24,28 +24,72 @@ GRAPH_ELEMENTS_PER_CELL: dict[str, dict[Graph, int]] = {
 }
 #: Tensor elements of the tapped maps of SD1.5 and SDXL for each latent cell, about.
 FEATURE_ELEMENTS_PER_CELL = 1_700
+#: Of a transformer, see :func:`graph_elements`: text tokens where no prompt tells, and the streams of each block that the
+#: light graph keeps.
+TEXT_TOKENS = 256
+LIGHT_STREAMS = 1
 #: What backward itself needs on top, as a part of the graph.
 BACKWARD_SHARE = 0.15
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GraphSize:
-    """What sizes the graph of a guided pass: how many branches it guides at once, and the heads that read them."""
+    """What sizes the graph of a guided pass: how many branches it guides at once, the heads that read them, and, of a
+    transformer, how many tokens of text and of reference pictures are beside the picture's."""
 
     backbone: Backbone
     heads: tuple[ReadoutHead, ...]
     branches: int = 1
+    text: int = TEXT_TOKENS
 
     def bytes(self, model: Any, noise_shape: Sequence[int], graph: Graph) -> int:
         """For a ModelPatcher and noise_shape (B, C, H, W): the network's graph, and that of one head of one branch."""
-        known = GRAPH_ELEMENTS_PER_CELL.get(self.backbone.name)
-        wide = max(self.backbone.channels) / 1280
-        elements = (known or GRAPH_ELEMENTS_PER_CELL["SDXL"])[graph] * (1 if known else wide)
         size = comfy.model_management.dtype_size(model.model.manual_cast_dtype or model.model_dtype())
         head = max((head.network.kept_channels(graph == "light") for head in self.heads), default=0)
-        in_fp32 = head + 2 * FEATURE_ELEMENTS_PER_CELL * wide  # of the features, copies and gradients
         cells = noise_shape[0] * math.prod(noise_shape[2:])
-        return round(cells * (self.branches * elements * size + 4 * in_fp32) * (1 + BACKWARD_SHARE))
+        elements = graph_elements(self.backbone, noise_shape, graph, self.text)
+        in_fp32 = cells * head + 2 * _feature_elements(self.backbone, noise_shape)  # of the features, copies and gradients
+        return round((self.branches * elements * size + 4 * in_fp32) * (1 + BACKWARD_SHARE))
+
+
+def graph_elements(backbone: Backbone, noise_shape: Sequence[int], graph: Graph, text: int = TEXT_TOKENS) -> float:
+    """Tensor elements that one branch keeps for backward, for noise_shape (B, C, [1,] H, W).
+
+    A transformer keeps, of each block up to the last tap and each token of picture and text, so many tensors of the block's
+    width; with the light graph one stream of each, and one block's at a time.
+    """
+    cells = noise_shape[0] * math.prod(noise_shape[2:])
+    if backbone.is_transformer:
+        width = max(backbone.channels)
+        tokens = cells / _patch(backbone) ** 2 + noise_shape[0] * text
+        kept = backbone.depth * backbone.streams if graph == "full" else backbone.depth * LIGHT_STREAMS + backbone.streams
+        return kept * tokens * width
+    known = GRAPH_ELEMENTS_PER_CELL.get(backbone.name)
+    return cells * (known or GRAPH_ELEMENTS_PER_CELL["SDXL"])[graph] * (1 if known else max(backbone.channels) / 1280)
+
+
+def _feature_elements(backbone: Backbone, noise_shape: Sequence[int]) -> float:
+    """Of the tapped maps."""
+    cells = noise_shape[0] * math.prod(noise_shape[2:])
+    if backbone.is_transformer:
+        return sum(backbone.channels) * cells / _patch(backbone) ** 2
+    return cells * FEATURE_ELEMENTS_PER_CELL * max(backbone.channels) / 1280
+
+
+def _patch(backbone: Backbone) -> int:
+    return next((layout.patch for layout in backbone.layouts if layout is not None), 1)
+
+
+def tokens_beside(conds: dict[str, Any], backbone: Backbone) -> int:
+    """The most tokens of text and of reference pictures that a prompt of a guider brings."""
+    found = [0]
+    for prompt in conds.values():
+        for cond in prompt or ():
+            words = cond.get("cross_attn")
+            text = 0 if words is None else words.shape[1]
+            pictures = sum(math.prod(latent.shape[2:]) for latent in cond.get("reference_latents") or ())
+            found.append(text + pictures // _patch(backbone) ** 2)
+    return max(found)
 
 
 def choose_graph(model: Any, size: GraphSize, noise_shape: Sequence[int]) -> Graph:

@@ -31,6 +31,7 @@ from .frontier import measure_frontier, plot_frontier
 from .models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
 from .operations import count_kept_bytes, operations_table
 from .timing import median_ratio, model_calls, whole_picture_ratio
+from .transformers import BIG, transformer_table
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
 
@@ -93,8 +94,8 @@ def run_benchmark(
         comfy.model_management.unload_all_models()
         comfy.model_management.soft_empty_cache()
     for name in counted or []:
-        report[f"{name}, counted"] = operations_table(SHAPES[name])
-        print(f"\n{name}, fp16, counted\n{markdown(report[f'{name}, counted'])}", flush=True)
+        report[f"{name}, counted"] = transformer_table(name) if name in BIG else operations_table(SHAPES[name])
+        print(f"\n{name}, {'bf16' if name in BIG else 'fp16'}, counted\n{markdown(report[f'{name}, counted'])}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     if runs:
         report["resident MiB after runs"] = sizes = memory_over_runs(runs)

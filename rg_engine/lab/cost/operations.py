@@ -59,13 +59,14 @@ def count(shape: Shape, graph: Graph) -> Counts:
                 GradientScope(network, graph), FeatureTap(network, backbone) as tap,
                 count_kept_bytes(*network.parameters()) as kept,
             ):  # fmt: skip
-                with _Operations() as forward:
+                with Operations() as forward:
                     network(x, time, transformer_options=options, **inputs)
-                maps, emb = tap.take()
-                with _Operations() as backward:  # what runs again keeps something too, on top of what is still kept
+                maps, found = tap.take()
+                with Operations() as backward:  # what runs again keeps something too, on top of what is still kept
                     torch.autograd.grad(maps, x, [torch.empty_like(map_) for map_ in maps])
+            emb = backbone.emb(found, torch.ones(1))
             head, kept_by_head = _count_head(shape, backbone, maps, emb, light)
-            with _Operations() as controlled, torch.no_grad():
+            with Operations() as controlled, torch.no_grad():
                 hint = torch.empty(1, 3, 8 * side, 8 * side, dtype=torch.float16)
                 control_network(shape, torch.float16)(x=x, hint=hint, timesteps=time, **inputs)
     finally:
@@ -81,7 +82,7 @@ def _count_head(shape: Shape, backbone: Backbone, maps: list[Tensor], emb: Tenso
     size = shape.cells, shape.cells
     network = new_head("spatial", backbone, name="counted", output_channels=3, projection=shape.projection).network
     copies, emb = [map_.detach().float().requires_grad_() for map_ in maps], emb.detach().float()
-    with _Operations() as counted, count_kept_bytes(*network.parameters(), *copies) as kept:
+    with Operations() as counted, count_kept_bytes(*network.parameters(), *copies) as kept:
         readout = network(copies, emb, size, light=light)
         torch.autograd.grad(readout, copies, torch.empty_like(readout))
     if not light:
@@ -110,7 +111,7 @@ def operations_table(shape: Shape) -> list[dict[str, Any]]:
     ]
 
 
-class _Operations(TorchDispatchMode):
+class Operations(TorchDispatchMode):
     """Counts multiply-adds of matrix products, convolutions and attention (PyTorch's own formulas)."""
 
     def __init__(self) -> None:
