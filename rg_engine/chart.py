@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,6 +57,9 @@ class Chart:
         left, top, width, height = self._field
         self._pen.text((left, 8), title, fill="black")
         self._pen.text((left + width - 6 * len(below), top + height + 22), below, fill=LABELS)
+
+    def save(self, path: Path) -> None:
+        self._image.save(path)
 
     def picture(self) -> Tensor:
         """The chart as it is now, (1, 400, 720, 3) in 0..1."""

@@ -29,6 +29,7 @@ from ..training import Reading, TrainingSettings
 from ..types import Mode
 from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
 from .demo_world import World, encoded, load_world
+from .evaluate_blocks import blocks_table, plot_blocks
 from .evaluate_edits import drags_table, identity_table
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
@@ -53,10 +54,12 @@ def run_evaluation(out: Path, pictures: int, tables: list[str], network: Network
     path = out / "evaluation.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     world = load_world(pictures, network)
-    for name in tables or list(TABLES):
+    for name in tables or [each for each in TABLES if OF_ONE.get(each, network) == network]:
         key = name if network == "UNet" else f"{name}, {network}"
         with torch.inference_mode():
             report[key] = TABLES[name](world)
+        if name == "blocks":
+            plot_blocks(report[key], out / "blocks.png")
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
         print(f"\n{key}\n{markdown(report[key])}\n", flush=True)
     return report
@@ -124,7 +127,10 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "kept_features": kept_features_table,
     "drags": drags_table,
     "identity": identity_table,
+    "blocks": blocks_table,
 }
+#: Of a transformer alone, and of a UNet alone.
+OF_ONE = {"blocks": "transformer", "conventions": "UNet"}
 
 
 def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) -> dict[str, float]:

@@ -18,8 +18,8 @@ log = logging.getLogger("readout_guidance")
 #: Tensor elements that are kept for backward at a time, for each latent cell of one picture's branch (counted by
 #: tests/nodes/test_memory.py on the real shapes); networks of other shapes are taken for SDXL's.
 GRAPH_ELEMENTS_PER_CELL: dict[str, dict[Graph, int]] = {
-    "SD1.5": {"full": 97_000, "light": 19_000},
-    "SD2.x": {"full": 97_000, "light": 19_000},
+    "SD1.5": {"full": 86_000, "light": 19_000},
+    "SD2.x": {"full": 86_000, "light": 19_000},
     "SDXL": {"full": 163_000, "light": 16_000},
 }
 #: Tensor elements of the tapped maps of SD1.5 and SDXL for each latent cell, about.
