@@ -13,11 +13,16 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 PICTURES, SCENE_SEED = 6, 11
 
 
+NETWORKS = {"UNet": ("demo_", "euler_ancestral", "normal"), "transformer": ("demo_transformer_", "euler", "simple")}
+
+
 @pytest.fixture
-def demo() -> SimpleNamespace:
+def demo(request) -> SimpleNamespace:
     import nodes
 
-    model, clip, vae = node("RG_LoadDemoModel")
+    network = getattr(request, "param", "UNet")
+    heads, sampler, scheduler = NETWORKS[network]
+    model, clip, vae = node("RG_LoadDemoModel", network=network)
 
     def encode(text):
         return nodes.CLIPTextEncode().encode(clip, text)[0]
@@ -26,7 +31,7 @@ def demo() -> SimpleNamespace:
         """Pictures (count, 128, 128, 3) of a prompt, guided if there is a target."""
         latent = nodes.EmptyLatentImage().generate(128, 128, count)[0]
         inputs = {
-            "model": model, "seed": 4, "steps": 20, "cfg": 3.0, "sampler_name": "euler_ancestral", "scheduler": "normal",
+            "model": model, "seed": 4, "steps": 20, "cfg": 3.0, "sampler_name": sampler, "scheduler": scheduler,
             "positive": encode(prompt), "negative": encode(""), "latent_image": latent, "denoise": 1.0,
         }  # fmt: skip
         if target is None:
@@ -36,7 +41,7 @@ def demo() -> SimpleNamespace:
             samples = node("RG_ReadoutGuidedKSampler", **inputs, target=target, **more)
         return nodes.VAEDecode().decode(vae, samples)[0]
 
-    return SimpleNamespace(model=model, clip=clip, vae=vae, encode=encode, draw=draw)
+    return SimpleNamespace(model=model, clip=clip, vae=vae, encode=encode, draw=draw, heads=heads)
 
 
 def share(pictures: torch.Tensor, channel: int) -> float:
@@ -45,6 +50,7 @@ def share(pictures: torch.Tensor, channel: int) -> float:
     return float((pictures[..., channel] - others > 0.25).float().mean())
 
 
+@pytest.mark.parametrize("demo", list(NETWORKS), indirect=True)
 def test_it_paints_the_colours_of_the_prompt(demo):
     red, blue = (demo.draw(f"a {colour} figure, grey wall", count=16) for colour in ("red", "blue"))
     assert share(red, 0) > 2 * share(blue, 0) + 0.01  # shirts are of any colour
@@ -71,7 +77,11 @@ def test_words_can_be_weighted_and_strange_ones_are_named(demo, caplog):
 
 
 # ten guided steps of five updates are the paper's fifty
-@pytest.mark.parametrize(("mode", "settings"), [("fast", {}), ("reference", {"iterations": 5})])
+@pytest.mark.parametrize(
+    ("demo", "mode", "settings"),
+    [("UNet", "fast", {}), ("UNet", "reference", {"iterations": 5}), ("transformer", "fast", {})],
+    indirect=["demo"],
+)
 @pytest.mark.parametrize("control", ["pose", "depth", "edges"])
 def test_guidance_halves_the_control_error(demo, control, mode, settings):
     measure, pictures = engine("demo.measure"), engine("demo.scene_pictures")
@@ -82,7 +92,7 @@ def test_guidance_halves_the_control_error(demo, control, mode, settings):
             strict=False,
         )
     )
-    head = node("RG_LoadReadoutHead", head_name=f"demo_{control}.safetensors", kind="auto")
+    head = node("RG_LoadReadoutHead", head_name=f"{demo.heads}{control}.safetensors", kind="auto")
     target = node("RG_ReadoutTarget", head=head, weight=1.0, start_percent=0.0, end_percent=0.5, image=outputs[control])
     scenes = pictures.sample_scenes(SCENE_SEED, PICTURES, figure_only=True)
     prompt = "a purple figure, teal wall"

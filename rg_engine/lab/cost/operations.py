@@ -111,8 +111,12 @@ def operations_table(shape: Shape) -> list[dict[str, Any]]:
     ]
 
 
+_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+
 class Operations(TorchDispatchMode):
-    """Counts multiply-adds of matrix products, convolutions and attention (PyTorch's own formulas)."""
+    """Counts multiply-adds of matrix products, convolutions and attention (PyTorch's own formulas, and one for the CPU's
+    fused attention, which has none)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,6 +127,9 @@ class Operations(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.count += formula(*args, **(kwargs or {}), out_val=out) / 2
+        elif func._overloadpacket is _FUSED_ON_CPU:
+            query, key, value = args[:3]
+            self.count += query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return out
 
 
