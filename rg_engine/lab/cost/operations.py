@@ -111,7 +111,11 @@ def operations_table(shape: Shape) -> list[dict[str, Any]]:
     ]
 
 
-_FUSED_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+#: The CPU's fused attention, and where its query, key and value are among its arguments: products of each pair.
+_FUSED_ON_CPU = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: (0, 1.0),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: (1, 2.5),  # the pairs are made again
+}
 
 
 class Operations(TorchDispatchMode):
@@ -127,9 +131,10 @@ class Operations(TorchDispatchMode):
         formula = flop_registry.get(func._overloadpacket)
         if formula is not None:
             self.count += formula(*args, **(kwargs or {}), out_val=out) / 2
-        elif func._overloadpacket is _FUSED_ON_CPU:
-            query, key, value = args[:3]
-            self.count += query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+        elif func._overloadpacket in _FUSED_ON_CPU:
+            first, times = _FUSED_ON_CPU[func._overloadpacket]
+            query, key, value = args[first : first + 3]
+            self.count += times * query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
         return out
 
 
