@@ -1,0 +1,177 @@
+"""What the Optimize Noise node does: checks, the run, and what comes out of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import torch
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor
+
+from ...errors import BackboneError, OptimizationError
+from ...guidance import Target, chain
+from ...optimization import PictureLoss, UpdateSettings
+from ..edits.inversion import INVERTED, Inverted, inversion_of
+from ..guided.model import guidance_of
+from ..guided.report import say
+from ..loaded.gradient_scope import Graph
+from ..loaded.memory import GraphSize, choose_graph, with_room_for_graph
+from ..loaded.model import backbone_of, check_fits
+from .decoding import Decoder
+from .history import History
+from .network import KEY
+from .optimizer import Job, Optimization
+from .samplers import check_sampler
+
+log = logging.getLogger("readout_guidance")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Optimized:
+    """What a run gives. latent: the best finished LATENT; noise: a LATENT that it comes from; history: IMAGE, a picture an
+    update; losses: one an update; plot: IMAGE."""
+
+    latent: dict[str, Any]
+    noise: dict[str, Any]
+    history: Tensor
+    losses: list[float]
+    plot: Tensor
+
+
+def optimize_noise(
+    model: Any, vae: Any, loss: PictureLoss | None, target: Target | None, settings: UpdateSettings, *, updates: int,
+    coupled: bool, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
+    latent: dict[str, Any], denoise: float,
+) -> Optimized:  # fmt: skip
+    """Sample as KSampler does, again and again, and move the noise so that the loss of the finished picture falls.
+
+    With 0 updates, or strength 0, the picture is KSampler's. An inverted latent (Invert Latent) is what sampling begins
+    from: no noise is added. An interrupt keeps the best picture so far. Raises OptimizationError, or TargetError, for what
+    can't be optimized.
+    """
+    check_sampler(sampler_name, coupled)
+    inverted = inversion_of(latent)
+    targets = tuple(each for each in chain(target) if each.weight > 0)
+    samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
+    _check(model, vae, loss, targets, latent, samples, inverted, denoise, coupled)
+    noise = torch.zeros_like(samples, device="cpu")
+    if inverted is None:
+        noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    sampler = comfy.samplers.KSampler(
+        model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
+        model_options=model.model_options,
+    )  # fmt: skip
+    if len(sampler.sigmas) < 2:
+        raise OptimizationError(f"with steps {steps} and denoise {denoise:g} nothing is sampled: raise them")
+    backbone = None
+    if targets:
+        backbone = backbone_of(model)
+        for each in targets:
+            check_fits(each.head, backbone)
+            each.check_batch(len(samples))
+    room = _Room(model)
+    if settings.strength == 0:
+        updates = 0
+    job = Job(
+        settings=settings, updates=updates, decoder=Decoder(vae), loss=loss, targets=targets, backbone=backbone,
+        sampler_name=sampler_name, coupled=coupled, inverted=inverted is not None, seed=seed,
+        graph=room.graph_for(samples.shape),
+    )  # fmt: skip
+    history = History(updates, len(sampler.sigmas) - 1, vae)
+    run = Optimization(job, history.add, history.tick)
+    guider = comfy.samplers.CFGGuider(room.model)
+    guider.set_conds(positive, negative)
+    guider.set_cfg(cfg)
+    done = guider.sample(
+        noise, samples, run, sampler.sigmas, denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed
+    )
+    _report(run, history.losses, updates)
+    home = comfy.model_management.intermediate_device()
+    assert run.best_first is not None
+    rest = {key: value for key, value in latent.items() if key != INVERTED}
+    with torch.inference_mode(False):
+        first = model.model.process_latent_out(run.best_first).to(home)
+    begins = {**rest, "samples": first}
+    if denoise >= 1.0 and "noise_mask" not in latent:
+        begins[INVERTED] = Inverted(
+            sigma=float(sampler.sigmas[0]), steps=steps, scheduler=scheduler, cfg=cfg,
+            rms=float(first.square().mean().sqrt()), error=0.0,
+        )  # fmt: skip
+    return Optimized(
+        latent={**rest, "samples": done.to(home)}, noise=begins, history=history.pictures(), losses=history.losses,
+        plot=history.plot(),
+    )  # fmt: skip
+
+
+class _Room:
+    """A clone of the model that asks for room for the graph when it is loaded; ``model``."""
+
+    def __init__(self, model: Any) -> None:
+        self.model = model.clone()
+        self._size: GraphSize | None = None
+        self._graph: Graph = "full"
+
+    def graph_for(self, shape: Any) -> Graph:
+        """What is kept for backward: of one model call at a time, with both prompts. full for networks of unknown size,
+        which change to light where memory runs out."""
+        try:
+            self._size = GraphSize(backbone=backbone_of(self.model), heads=(), branches=2)
+        except BackboneError:
+            return self._graph
+        self._graph = choose_graph(self.model, self._size, shape)
+        self.model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self._prepare)
+        return self._graph
+
+    def _prepare(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
+        assert self._size is not None
+        return executor(model, with_room_for_graph(model, self._size, noise_shape, self._graph), *args, **kwargs)
+
+
+def _check(
+    model: Any, vae: Any, loss: PictureLoss | None, targets: tuple[Target, ...], latent: dict[str, Any], samples: Tensor,
+    inverted: Inverted | None, denoise: float, coupled: bool,
+) -> None:  # fmt: skip
+    if loss is None and not targets:
+        raise OptimizationError("there is nothing to optimize for: connect a loss (CLIP Loss, Picture Loss) or a target")
+    if loss is not None:
+        loss.counted()
+    if guidance_of(model):
+        raise OptimizationError(
+            "the model is guided by Apply Readout Guidance, which moves the latent by itself while it is sampled: connect "
+            "the model without it and its target to target, or send the noise that comes out to a guided sampler"
+        )
+    if samples.ndim != 4:
+        raise OptimizationError(f"the latent has {samples.ndim - 2} dimensions: only pictures are optimized, no video or 3D")
+    channels = getattr(vae, "latent_channels", samples.shape[1])
+    if channels != samples.shape[1]:
+        raise OptimizationError(
+            f"the vae takes latents of {channels} channels and the model makes {samples.shape[1]}: connect the model's vae"
+        )
+    if coupled and "noise_mask" in latent:
+        raise OptimizationError("coupled latents (edict) know no noise mask: remove it, or set couple to none")
+    if inverted is not None and ("noise_mask" in latent or denoise < 1.0):
+        raise OptimizationError("an inverted latent is sampled as a whole: remove the noise mask, and set denoise to 1")
+
+
+def _report(run: Optimization, losses: list[float], updates: int) -> None:
+    words = f"{len(losses)} pictures, loss {losses[0]:.4g}"
+    if updates:
+        words += f" -> {min(losses):.4g}"
+        before, after = run.noise
+        words += f"; noise: rms {before['rms']:.3f} -> {after['rms']:.3f}, neighbours' correlation {after['neighbours']:.3f}"
+    warnings = []
+    if run.interrupted:
+        warnings.append(
+            f"interrupted after {len(losses)} of {updates + 1} pictures: the best one goes on; interrupt again to stop what "
+            "follows"
+        )
+    if run.stopped:
+        warnings.append(f"stopped after {len(losses)} of {updates + 1} pictures: {run.stopped}")
+    if updates and not run.interrupted and min(losses) >= losses[0]:
+        warnings.append("no update made the picture better: lower strength, or take more updates")
+    say(words, warnings)
