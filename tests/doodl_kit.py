@@ -39,6 +39,7 @@ def comfyui_model() -> Any:
 class Kit:
     """golden(key), settings, and what the authors' run was made of."""
 
+    @torch.inference_mode(False)
     def __init__(self) -> None:
         with safe_open(KIT / "golden.safetensors", framework="pt") as file:
             self.settings = json.loads(file.metadata()["settings"])
