@@ -41,11 +41,11 @@ def _rings(z: Tensor) -> Tensor:
 
 
 def _power(z: Tensor) -> Tensor:
-    """The mean power of each channel's rings, (..., C, RINGS)."""
-    power = torch.fft.rfft2(z.double()).abs().square().flatten(-2)
-    rings = _rings(z).flatten()
-    sums = power.new_zeros(*power.shape[:-1], RINGS).index_add(-1, rings, power)
-    return sums / torch.bincount(rings, minlength=RINGS).clamp(min=1)
+    """The power of each channel's rings, (..., C, RINGS); their sum is that of all cells, times H W."""
+    power = torch.fft.rfft2(z.double()).abs().square()
+    mirrored = slice(1, (z.shape[-1] + 1) // 2)  # columns whose mirror images a real transform leaves out
+    power[..., mirrored] *= 2
+    return power.new_zeros(*z.shape[:-2], RINGS).index_add(-1, _rings(z).flatten(), power.flatten(-2))
 
 
 def _with_power(z: Tensor, wanted: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ ARCHITECTURES = (
     "resnext50_32x4d", "resnext101_32x8d", "mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large", "convnext_tiny",
     "convnext_small", "convnext_base", "convnext_large", "efficientnet_b0", "efficientnet_b1", "efficientnet_b2",
     "efficientnet_b3", "efficientnet_b4", "efficientnet_v2_s", "efficientnet_v2_m", "densenet121", "densenet169",
-    "densenet201", "regnet_y_400mf", "regnet_y_8gf", "shufflenet_v2_x1_0", "squeezenet1_1", "vgg11", "vgg16", "vgg16_bn",
+    "densenet201", "shufflenet_v2_x1_0", "squeezenet1_1", "vgg11", "vgg16", "vgg16_bn",
     "vgg19", "alexnet", "vit_b_16", "vit_b_32", "vit_l_16", "swin_t", "swin_s", "swin_b", "swin_v2_t", "inception_v3",
 )  # fmt: skip
 SIZES_PX = {
