@@ -93,7 +93,7 @@ class OptimizeNoise(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output("LATENT", tooltip="The best picture, finished: to VAE Decode."),
-                io.Latent.Output("best_noise", display_name="noise", tooltip="What it comes from, to sample again or guide."),
+                io.Latent.Output("best_noise", display_name="noise", tooltip="What it comes from, to sample again."),
                 io.Image.Output("history", display_name="history", tooltip="The pictures on the way."),
                 io.Float.Output("losses", display_name="losses", is_output_list=True, tooltip="Of each picture."),
                 io.Image.Output("plot", display_name="plot", tooltip="The losses."),

@@ -7,7 +7,7 @@ from typing import Any
 from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.folders import find_loss_file, loss_files
-from ..rg_engine.comfy_host.optimized.losses import (
+from ..rg_engine.comfy_host.optimized.measured.losses import (
     KINDS,
     aesthetic_measure,
     classifier_measure,

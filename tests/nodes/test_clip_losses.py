@@ -82,7 +82,7 @@ def test_pictures_are_read_as_comfyui_reads_them(pair):
     """But for its rounding to 1/255."""
     vision = pair.vision()
     picture = torch.rand(1, 28, 28, 3, generator=torch.Generator().manual_seed(1))
-    ours = engine("comfy_host.optimized.vision").PictureEncoder(vision).of_pictures(picture)
+    ours = engine("comfy_host.optimized.measured.vision").PictureEncoder(vision).of_pictures(picture)
     theirs = vision.encode_image(picture)["image_embeds"]
     assert float(torch.cosine_similarity(ours, theirs)) > 0.999
 

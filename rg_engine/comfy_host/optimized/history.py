@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import comfy.utils
 import torch
@@ -23,7 +22,7 @@ KEPT_PX, MOST = 512, 64
 class History:
     """losses: the mean over the batch, one a picture."""
 
-    def __init__(self, updates: int, steps: int, vae: Any) -> None:
+    def __init__(self, updates: int, steps: int) -> None:
         self.losses: list[float] = []
         self._steps, self._total = steps, (updates + 1) * steps
         self._every = max(1, -(-(updates + 1) // MOST))

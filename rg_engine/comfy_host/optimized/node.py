@@ -17,13 +17,13 @@ from ...errors import BackboneError, OptimizationError
 from ...guidance import Target, chain
 from ...optimization import PictureLoss, UpdateSettings
 from ..edits.inversion import INVERTED, Inverted, inversion_of
-from ..guided.model import guidance_of
 from ..guided.report import say
 from ..loaded.gradient_scope import Graph
 from ..loaded.memory import GraphSize, choose_graph, with_room_for_graph
 from ..loaded.model import backbone_of, check_fits
-from .decoding import Decoder
+from .checks import check_inputs, check_inversion, check_latent
 from .history import History
+from .measured.decoding import Decoder
 from .network import KEY
 from .optimizer import Job, Optimization
 from .samplers import check_sampler
@@ -58,7 +58,8 @@ def optimize_noise(
     inverted = inversion_of(latent)
     targets = tuple(each for each in chain(target) if each.weight > 0)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    _check(model, vae, loss, targets, latent, samples, inverted, denoise, coupled)
+    check_inputs(model, vae, loss, targets, samples)
+    check_latent("noise_mask" in latent, inverted is not None, denoise, coupled)
     noise = torch.zeros_like(samples, device="cpu")
     if inverted is None:
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
@@ -68,12 +69,12 @@ def optimize_noise(
     )  # fmt: skip
     if len(sampler.sigmas) < 2:
         raise OptimizationError(f"with steps {steps} and denoise {denoise:g} nothing is sampled: raise them")
-    backbone = None
-    if targets:
-        backbone = backbone_of(model)
-        for each in targets:
-            check_fits(each.head, backbone)
-            each.check_batch(len(samples))
+    if inverted is not None:
+        check_inversion(inverted, float(sampler.sigmas[0]), steps, scheduler, cfg)
+    backbone = backbone_of(model) if targets else None
+    for each in targets:
+        check_fits(each.head, backbone_of(model))
+        each.check_batch(len(samples))
     room = _Room(model)
     if settings.strength == 0:
         updates = 0
@@ -82,7 +83,7 @@ def optimize_noise(
         sampler_name=sampler_name, coupled=coupled, inverted=inverted is not None, seed=seed,
         graph=room.graph_for(samples.shape),
     )  # fmt: skip
-    history = History(updates, len(sampler.sigmas) - 1, vae)
+    history = History(updates, len(sampler.sigmas) - 1)
     run = Optimization(job, history.add, history.tick)
     guider = comfy.samplers.CFGGuider(room.model)
     guider.set_conds(positive, negative)
@@ -92,15 +93,12 @@ def optimize_noise(
     )
     _report(run, history.losses, updates)
     home = comfy.model_management.intermediate_device()
-    assert run.best_first is not None
     rest = {key: value for key, value in latent.items() if key != INVERTED}
-    with torch.inference_mode(False):
-        first = model.model.process_latent_out(run.best_first).to(home)
-    begins = {**rest, "samples": first}
+    begins = {**rest, "samples": run.first_latent().to(home)}
     if denoise >= 1.0 and "noise_mask" not in latent:
         begins[INVERTED] = Inverted(
             sigma=float(sampler.sigmas[0]), steps=steps, scheduler=scheduler, cfg=cfg,
-            rms=float(first.square().mean().sqrt()), error=0.0,
+            rms=float(begins["samples"].square().mean().sqrt()), error=0.0,
         )  # fmt: skip
     return Optimized(
         latent={**rest, "samples": done.to(home)}, noise=begins, history=history.pictures(), losses=history.losses,
@@ -130,32 +128,6 @@ class _Room:
     def _prepare(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         assert self._size is not None
         return executor(model, with_room_for_graph(model, self._size, noise_shape, self._graph), *args, **kwargs)
-
-
-def _check(
-    model: Any, vae: Any, loss: PictureLoss | None, targets: tuple[Target, ...], latent: dict[str, Any], samples: Tensor,
-    inverted: Inverted | None, denoise: float, coupled: bool,
-) -> None:  # fmt: skip
-    if loss is None and not targets:
-        raise OptimizationError("there is nothing to optimize for: connect a loss (CLIP Loss, Picture Loss) or a target")
-    if loss is not None:
-        loss.counted()
-    if guidance_of(model):
-        raise OptimizationError(
-            "the model is guided by Apply Readout Guidance, which moves the latent by itself while it is sampled: connect "
-            "the model without it and its target to target, or send the noise that comes out to a guided sampler"
-        )
-    if samples.ndim != 4:
-        raise OptimizationError(f"the latent has {samples.ndim - 2} dimensions: only pictures are optimized, no video or 3D")
-    channels = getattr(vae, "latent_channels", samples.shape[1])
-    if channels != samples.shape[1]:
-        raise OptimizationError(
-            f"the vae takes latents of {channels} channels and the model makes {samples.shape[1]}: connect the model's vae"
-        )
-    if coupled and "noise_mask" in latent:
-        raise OptimizationError("coupled latents (edict) know no noise mask: remove it, or set couple to none")
-    if inverted is not None and ("noise_mask" in latent or denoise < 1.0):
-        raise OptimizationError("an inverted latent is sampled as a whole: remove the noise mask, and set denoise to 1")
 
 
 def _report(run: Optimization, losses: list[float], updates: int) -> None:

@@ -18,8 +18,8 @@ from ...guidance import Target
 from ...optimization import PictureLoss, Updater, UpdateSettings, statistics
 from ..loaded.frozen_layers import plain
 from ..loaded.gradient_scope import Graph
-from .decoding import Decoder
-from .finished_readout import FinishedReadout
+from .measured.decoding import Decoder
+from .measured.finished_readout import FinishedReadout
 from .network import Network
 from .trajectory import Trajectory
 
@@ -57,20 +57,24 @@ class Seen:
 
 
 class Optimization(comfy.samplers.Sampler):
-    """A 'sampler' whose result is the best finished latent. After it: best_first, x that it begins with; losses, one a
-    picture (B,); interrupted; noise, statistics of the first latent before and after.
+    """A 'sampler' whose result is the best finished latent. After it: interrupted; stopped, why it ended early; noise,
+    statistics of the first latent before and after.
 
     report is told of each picture, tick of each step of the schedule (picture, step).
     """
 
     def __init__(self, job: Job, report: Callable[[Seen], None], tick: Callable[[int, int], None]) -> None:
         self._job, self._report, self._tick = job, report, tick
-        self.losses: list[Tensor] = []
-        self.best_first: Tensor | None = None
+        self._first: Tensor | None = None
         self.interrupted = False
         self.stopped = ""
         self.noise: list[dict[str, float]] = []
         self._made = 0
+
+    def first_latent(self) -> Tensor:
+        """What the best picture begins with, a latent (B, C, h, w) as ComfyUI hands them on."""
+        assert self._first is not None
+        return self._first
 
     def sample(
         self, model_wrap: Any, sigmas: Tensor, extra_args: dict, callback: Any, noise: Tensor, latent_image: Tensor,
@@ -118,7 +122,7 @@ class Optimization(comfy.samplers.Sampler):
             self.interrupted = True
         assert best.ends is not None
         assert best.u is not None
-        self.best_first = way.first(best.u)
+        self._first = guider.inner_model.process_latent_out(way.first(best.u))
         self.noise.append(statistics(best.u))
         return best.ends
 
@@ -139,7 +143,6 @@ class Optimization(comfy.samplers.Sampler):
             total = losses.sum()
         row = losses.detach().mean(0)
         taken = best.take(row, ends.detach()[0], u[0])
-        self.losses.append(row.cpu())
         self._report(Seen(update=m, losses=row.cpu(), images=measured[0][1].detach(), best=taken))
         if last:
             return None

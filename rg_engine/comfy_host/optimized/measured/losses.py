@@ -11,10 +11,10 @@ import comfy.model_patcher
 import torch
 from torch import Tensor
 
-from ...errors import OptimizationError
-from ...optimization import Crops, Measure
-from ...optimization.files import read_tensors
-from ...optimization.losses import (
+from ....errors import OptimizationError
+from ....optimization import Crops, Measure
+from ....optimization.files import read_tensors
+from ....optimization.losses import (
     AestheticLoss,
     Classifier,
     ClassifierLoss,
@@ -26,10 +26,10 @@ from ...optimization.losses import (
     mean_feature,
     symmetry_loss,
 )  # fmt: skip
-from ...optimization.losses.clip import Over
-from ..folders import find_loss_file
-from ..loaded.gradient_scope import GradientScope
-from .rerun import Stage
+from ....optimization.losses.clip import Over
+from ...folders import find_loss_file
+from ...loaded.gradient_scope import GradientScope
+from ..rerun import Stage
 from .vision import PictureEncoder, text_feature
 
 Kind = Literal["symmetry", "likeness", "palette", "edges"]

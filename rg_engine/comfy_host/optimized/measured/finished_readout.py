@@ -10,13 +10,13 @@ import torch
 from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
-from ...features import Backbone, FeatureTap
-from ...guidance import Branch, Objective, SourceStep, Target
-from ...guidance.targets import fit
-from ..loaded.frozen_layers import plain
-from ..loaded.model import heads_on, input_scale
-from .network import Network
-from .rerun import Stage
+from ....features import Backbone, FeatureTap
+from ....guidance import Branch, Objective, SourceStep, Target
+from ....guidance.targets import fit
+from ...loaded.frozen_layers import plain
+from ...loaded.model import heads_on, input_scale
+from ..network import Network
+from ..rerun import Stage
 
 KEY = "readout_guidance_finished"
 #: The part of the diffusion time at which a finished latent is read; heads read best at a little noise.

@@ -11,10 +11,10 @@ import comfy.model_management
 import torch
 from torch import Tensor
 
-from ...errors import OptimizationError
-from ..loaded.gradient_scope import GradientScope, Graph
-from ..loaded.saved_tensors import beside_other_nodes
-from .rerun import Stage
+from ....errors import OptimizationError
+from ...loaded.gradient_scope import GradientScope, Graph
+from ...loaded.saved_tensors import beside_other_nodes
+from ..rerun import Stage
 
 log = logging.getLogger("readout_guidance")
 #: What decoding with a graph takes, as a multiple of what ComfyUI asks for to decode (counted for SD's decoder: 5.6 GiB

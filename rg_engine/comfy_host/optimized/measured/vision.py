@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...errors import OptimizationError
-from ...optimization.pixels import normalised
-from ..loaded.frozen_layers import plain
-from ..loaded.gradient_scope import GradientScope
-from ..loaded.saved_tensors import beside_other_nodes
-from .rerun import Stage
+from ....errors import OptimizationError
+from ....optimization.pixels import normalised
+from ...loaded.frozen_layers import plain
+from ...loaded.gradient_scope import GradientScope
+from ...loaded.saved_tensors import beside_other_nodes
+from ..rerun import Stage
 
 #: A projection with columns shorter than this is memory that nobody filled.
 SMALLEST = 1e-6
