@@ -20,10 +20,11 @@ KEPT_PX, MOST = 512, 64
 
 
 class History:
-    """losses: the mean over the batch, one a picture."""
+    """losses: the mean over the batch, one a picture; best: the lowest of each row, (B,)."""
 
     def __init__(self, updates: int, steps: int) -> None:
         self.losses: list[float] = []
+        self.best: Tensor | None = None
         self._steps, self._total = steps, (updates + 1) * steps
         self._every = max(1, -(-(updates + 1) // MOST))
         self._kept: list[Tensor] = []
@@ -35,6 +36,7 @@ class History:
 
     def add(self, seen: Seen) -> None:
         self.losses.append(float(seen.losses.mean()))
+        self.best = seen.losses if self.best is None else torch.fmin(self.best, seen.losses)
         picture = _row(seen.images)
         if seen.update % self._every == 0 or bool(seen.best.any()):
             if len(self._kept) >= 2 * MOST:  # of a long way down, the earlier half is thinned

@@ -34,13 +34,14 @@ log = logging.getLogger("readout_guidance")
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimized:
     """What a run gives. latent: the best finished LATENT; noise: a LATENT that it comes from; history: IMAGE, a picture an
-    update; losses: one an update; plot: IMAGE."""
+    update; losses: one a picture, the mean over the batch; best: the lowest of each row, (B,); plot: IMAGE."""
 
     latent: dict[str, Any]
     noise: dict[str, Any]
     history: Tensor
     losses: list[float]
     plot: Tensor
+    best: Tensor
 
 
 def optimize_noise(
@@ -91,6 +92,7 @@ def optimize_noise(
     done = guider.sample(
         noise, samples, run, sampler.sigmas, denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed
     )
+    assert history.best is not None
     _report(run, history.losses, updates)
     home = comfy.model_management.intermediate_device()
     rest = {key: value for key, value in latent.items() if key != INVERTED}
@@ -102,7 +104,7 @@ def optimize_noise(
         )  # fmt: skip
     return Optimized(
         latent={**rest, "samples": done.to(home)}, noise=begins, history=history.pictures(), losses=history.losses,
-        plot=history.plot(),
+        plot=history.plot(), best=history.best,
     )  # fmt: skip
 
 
