@@ -40,6 +40,16 @@ class PictureLoss:
             raise OptimizationError("every loss has weight 0, so nothing would be optimized: give one of them a weight")
         return found
 
+    def check_batch(self, count: int) -> None:
+        """Raises OptimizationError for a loss with pictures of its own that are neither one nor ``count``."""
+        for loss in self.counted():
+            own = getattr(loss.measure, "pictures", 1)
+            if own not in (1, count):
+                raise OptimizationError(
+                    f"the loss {loss.name!r} compares with a batch of {own} and {count} "
+                    f"{'picture is' if count == 1 else 'pictures are'} being made: give one, or one for each"
+                )
+
     def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
         """The weighted sum, (B,)."""
         return torch.stack([loss.weight * loss.measure(images, generator) for loss in self.counted()]).sum(0)

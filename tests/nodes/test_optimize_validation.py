@@ -76,6 +76,9 @@ def test_losses_that_count_for_nothing(demo):
         node("RG_PictureLoss", kind="likeness", weight=1.0)
     with refused("the mask is black"):
         node("RG_PictureLoss", kind="palette", weight=1.0, image=torch.rand(1, 8, 8, 3), mask=torch.zeros(1, 8, 8))
+    three = node("RG_PictureLoss", kind="likeness", weight=1.0, image=torch.rand(3, 8, 8, 3))
+    with refused("'likeness' compares with a batch of 3 and 1 picture is being made"):
+        demo.optimize(loss=three)
     assert not demo.calls
 
 

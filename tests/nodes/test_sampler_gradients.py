@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from comfyui_host import engine
@@ -27,7 +29,7 @@ def small(comfyui, weights):
     return kit
 
 
-def off(small, *, shape=(1, 4, 16, 16), **settings) -> float:
+def off(small, *, shape=(1, 4, 16, 16), step=0.03, **settings) -> float:
     """The slope along the gradient against central differences."""
 
     def work(way, _network):
@@ -36,10 +38,10 @@ def off(small, *, shape=(1, 4, 16, 16), **settings) -> float:
         def loss(ends):
             return (ends * where).sum() / where.norm()
 
-        value, gradient = gradient_of(way, loss)
+        start = torch.stack([way.start] * (2 if settings.get("coupled") else 1))
+        value, gradient = gradient_of(way, loss, start)
         assert torch.isfinite(value)
-        start = way.start[None] if not settings.get("coupled") else torch.stack([way.start] * 2)
-        return slope_error(lambda u: loss(way(u)), start, gradient, 0.03)
+        return slope_error(lambda u: loss(way(u)), start, gradient, step)
 
     return along(small.model, *small.prompts, work, shape=shape, **settings)
 
@@ -88,6 +90,10 @@ def test_every_other_sampler_of_comfyui_is_refused_by_name(comfyui):
             samplers.check_sampler(name, False)
     with pytest.raises(errors.OptimizationError, match="set sampler_name to euler or ddim"):
         samplers.check_sampler("heun", True)
+
+
+def test_coupled_latents(small):
+    assert off(small, coupled=True, steps=10, step=0.01) < NEAR
 
 
 @pytest.mark.parametrize("graph", ["full", "light"])
@@ -150,3 +156,24 @@ def test_the_authors_gradient_through_comfyuis_own_euler(small):
     for name, (loss, gradient) in found.items():
         assert relative(loss, small(f"ddim.{name}.loss")) < 1e-4
         assert relative(gradient[0], small(f"ddim.{name}.dz")) < 1e-4
+
+
+def test_a_flow_model_with_a_transformer(comfyui):
+    """Its first latent, its noise and the network's input are on another scale."""
+    transformer = engine("comfy_host.demo_transformer")
+    with torch.inference_mode():
+        model = transformer.new_transformer()
+        engine("lab.cost.models").randomise(model.diffusion_model, seed=1, scale=0.5)
+    prompts = [[[torch.randn(1, 16, 96, generator=torch.Generator().manual_seed(k)), {}]] for k in range(2)]
+    kit = SimpleNamespace(model=patcher(model), prompts=prompts)
+    for settings in ({"cfg": 1.0}, {"graph": "light"}, {"coupled": True}):
+        assert off(kit, shape=(1, 8, 16, 16), steps=4, **settings) < NEAR
+
+
+def test_a_lora(small):
+    """Patches of weights, as LoRAs are, count in the gradient."""
+    plain = small.model.model.diffusion_model.state_dict()["input_blocks.1.1.proj_in.weight"]
+    small.model = small.model.clone()
+    patch = ("diff", (torch.randn(plain.shape, generator=torch.Generator().manual_seed(5)) * 0.05,))
+    small.model.add_patches({"diffusion_model.input_blocks.1.1.proj_in.weight": patch}, 1.0)
+    assert off(small) < NEAR

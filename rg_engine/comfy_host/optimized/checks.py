@@ -21,7 +21,7 @@ def check_inputs(model: Any, vae: Any, loss: PictureLoss | None, targets: tuple[
     if loss is None and not targets:
         raise OptimizationError("there is nothing to optimize for: connect a loss (CLIP Loss, Picture Loss) or a target")
     if loss is not None:
-        loss.counted()
+        loss.check_batch(len(samples))
     if guidance_of(model):
         raise OptimizationError(
             "the model is guided by Apply Readout Guidance, which moves the latent by itself while it is sampled: connect "

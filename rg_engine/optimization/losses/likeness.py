@@ -44,6 +44,11 @@ class LikenessLoss:
     mask: Tensor | None = None
     by_edges: bool = False
 
+    @property
+    def pictures(self) -> int:
+        """How many it compares with, or masks."""
+        return max(len(self.picture), 1 if self.mask is None else len(self.mask))
+
     def __call__(self, images: Tensor, _generator: torch.Generator | None = None) -> Tensor:
         """The mean squared difference of pixels in 0..1, (B,)."""
         pixels = at_least_fp32(images) / 2 + 0.5  # not cut off: outside of 0..1 the gradient leads back

@@ -24,6 +24,11 @@ class PaletteLoss:
     picture: Tensor
     mask: Tensor | None = None
 
+    @property
+    def pictures(self) -> int:
+        """How many it compares with, or masks."""
+        return max(len(self.picture), 1 if self.mask is None else len(self.mask))
+
     def __call__(self, images: Tensor, _generator: torch.Generator | None = None) -> Tensor:
         """(B,): along some directions of colour space, the mean squared difference of sorted pixels."""
         pixels = at_least_fp32(images) / 2 + 0.5
