@@ -7,6 +7,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .pixels import at_least_fp32
+
 #: norm: its length, as DOODL and ReNO do; white: its power in each ring of frequencies; none: nothing.
 Keep = Literal["norm", "white", "none"]
 RINGS = 8
@@ -42,7 +44,7 @@ def _rings(z: Tensor) -> Tensor:
 
 def _power(z: Tensor) -> Tensor:
     """The power of each channel's rings, (..., C, RINGS); their sum is that of all cells, times H W."""
-    power = torch.fft.rfft2(z.double()).abs().square()
+    power = torch.fft.rfft2(at_least_fp32(z)).abs().square()
     mirrored = slice(1, (z.shape[-1] + 1) // 2)  # columns whose mirror images a real transform leaves out
     power[..., mirrored] *= 2
     return power.new_zeros(*z.shape[:-2], RINGS).index_add(-1, _rings(z).flatten(), power.flatten(-2))
@@ -55,12 +57,12 @@ def _with_power(z: Tensor, wanted: Tensor) -> Tensor:
     is that of the noise one began with, so that noise that has not moved is not changed.
     """
     scale = (wanted / _power(z).clamp(min=1e-20)).sqrt()[..., _rings(z)]  # (..., C, H, W // 2 + 1)
-    return torch.fft.irfft2(torch.fft.rfft2(z.double()) * scale, s=z.shape[-2:]).to(z.dtype)
+    return torch.fft.irfft2(torch.fft.rfft2(at_least_fp32(z)) * scale, s=z.shape[-2:]).to(z.dtype)
 
 
 def statistics(z: Tensor) -> dict[str, float]:
     """Over all pictures: rms (1 for white noise), the correlation of neighbouring cells (0), and the excess kurtosis (0)."""
-    z = z.double()
+    z = z.detach().cpu().double()
     spread = z - z.mean()
     power = spread.square().mean().clamp(min=1e-20)
     beside = (spread[..., :, 1:] * spread[..., :, :-1]).mean() + (spread[..., 1:, :] * spread[..., :-1, :]).mean()

@@ -43,7 +43,7 @@ class UpdateSettings:
     keep: Keep = "norm"
 
     def __post_init__(self) -> None:
-        for name in ("strength", "clip", "noise"):
+        for name in ("strength", "clip", "noise", "loss_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise OptimizationError(f"{name} is {value}: give 0 or more")
@@ -88,5 +88,7 @@ class Updater:
     def _fast(self, gradient: Tensor) -> Tensor:
         if self.settings.tied:
             gradient = gradient.mean(0, keepdim=True).expand_as(gradient)
-        rms = gradient.double().square().flatten(2).mean(-1).sqrt().to(gradient)[..., None, None, None]
-        return -LENGTH * self.settings.strength * torch.where(rms > 0, gradient / rms, gradient)
+        largest = gradient.flatten(2).abs().amax(-1)[..., None, None, None]
+        shape = torch.where(largest > 0, gradient / largest, gradient)  # tiny gradients have no squares in fp32
+        rms = shape.square().flatten(2).mean(-1).sqrt()[..., None, None, None]
+        return -LENGTH * self.settings.strength * torch.where(rms > 0, shape / rms, shape)

@@ -230,6 +230,30 @@ def test_optimized_for_a_readout_and_then_guided_in_one_graph(demo, kept_as_it_w
     torch.testing.assert_close(unguided["samples"], only[0]["samples"], rtol=1e-3, atol=1e-3)
 
 
+def test_a_readouts_gradient_in_half_precision(demo):
+    """Each feature's share of the loss would be 0 in fp16 as it is."""
+    from optimized_runs import along, gradient_of
+
+    head = node("RG_LoadReadoutHead", head_name="demo_pose.safetensors", kind="auto")
+    scene = node("RG_DemoScene", seed=11, count=1, figure_only=True)
+    target = node("RG_ReadoutTarget", head=head, weight=1.0, start_percent=0.0, end_percent=0.5, image=scene[1])
+    finished = engine("comfy_host.optimized.measured.finished_readout").FinishedReadout
+    backbone = engine("comfy_host.loaded.model").backbone_of(demo.model)
+
+    def work(way, network):
+        read = finished(network, demo.model.model_options, (target,), backbone, torch.zeros_like(way.start) + 0.1)
+        return gradient_of(way, lambda ends: 1e-4 * read(ends[0]).sum())[1].flatten().double()
+
+    prompts = demo.inputs["positive"], demo.inputs["negative"]
+    found = []
+    for dtype in (torch.float32, torch.float16):
+        network = demo.model.model.diffusion_model
+        network.to(dtype)
+        network.dtype = dtype
+        found.append(along(demo.model, *prompts, work, steps=2, shape=(1, 8, 16, 16)))
+    assert float(torch.cosine_similarity(*found, dim=0)) > 0.99
+
+
 @pytest.mark.parametrize("kind", ["demo_depth", "demo_keypoints", "demo_sketch", "demo_appearance", "demo_correspondence"])
 def test_heads_of_every_kind(demo, kind):
     import nodes

@@ -24,7 +24,7 @@ class History:
 
     def __init__(self, updates: int, steps: int) -> None:
         self.losses: list[float] = []
-        self.best: Tensor | None = None
+        self.best = torch.full((1,), torch.inf)
         self._steps, self._total = steps, (updates + 1) * steps
         self._every = max(1, -(-(updates + 1) // MOST))
         self._kept: list[Tensor] = []
@@ -36,7 +36,7 @@ class History:
 
     def add(self, seen: Seen) -> None:
         self.losses.append(float(seen.losses.mean()))
-        self.best = seen.losses if self.best is None else torch.fmin(self.best, seen.losses)
+        self.best = torch.fmin(self.best, seen.losses)
         picture = _row(seen.images)
         if seen.update % self._every == 0 or bool(seen.best.any()):
             if len(self._kept) >= 2 * MOST:  # of a long way down, the earlier half is thinned

@@ -30,13 +30,15 @@ class Network:
     Called as the sampler calls it: x (B, C, H, W) and sigma (B,) to the denoised latent.
     """
 
-    def __init__(self, guider: Any, options: dict[str, Any], graph: Graph, calls: int) -> None:
+    def __init__(self, guider: Any, options: dict[str, Any], graph: Graph, calls: int, memory: float = 0.0) -> None:
+        """calls: of one run; memory: bytes that a call with a graph takes beside the weights."""
         self._guider, self._graph = guider, graph
         self._beside = list(guider.loaded_models)  # ModelPatchers that were loaded for the run, ControlNets' among them
         self._modules = [guider.inner_model.diffusion_model, *(each.model for each in self._beside)]
         self._make_scopes()
         self._transformer = options.get("transformer_options", {})
-        self._calls = calls
+        self._calls, self._memory = calls, memory
+        self._loaded_bytes = guider.model_patcher.loaded_size()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._guider, name)
@@ -63,10 +65,12 @@ class Network:
         return options
 
     def load(self) -> None:
-        """Load the model again, if decoding pushed it out."""
+        """Load the model again, if decoding pushed it, or a part of it, out."""
         patcher = self._guider.model_patcher
-        if patcher.load_device.type != "cpu":
-            comfy.model_management.load_models_gpu([patcher, *self._beside])
+        loaded = [each.model.model for each in comfy.model_management.current_loaded_models if each.model is not None]
+        there = any(model is patcher.model for model in loaded) and patcher.loaded_size() >= self._loaded_bytes
+        if patcher.load_device.type != "cpu" and not there:
+            comfy.model_management.load_models_gpu([patcher, *self._beside], memory_required=self._memory)
 
     def lighten(self) -> bool:
         """The light graph from now on; False if it is on."""

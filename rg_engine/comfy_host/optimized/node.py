@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any
 
 import comfy.model_management
@@ -27,8 +26,6 @@ from .measured.decoding import Decoder
 from .network import KEY
 from .optimizer import Job, Optimization
 from .samplers import check_sampler
-
-log = logging.getLogger("readout_guidance")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +79,7 @@ def optimize_noise(
     job = Job(
         settings=settings, updates=updates, decoder=Decoder(vae), loss=loss, targets=targets, backbone=backbone,
         sampler_name=sampler_name, coupled=coupled, inverted=inverted is not None, seed=seed,
-        graph=room.graph_for(samples.shape),
+        graph=room.graph_for(samples.shape), memory=room.bytes(samples.shape),
     )  # fmt: skip
     history = History(updates, len(sampler.sigmas) - 1)
     run = Optimization(job, history.add, history.tick)
@@ -92,8 +89,7 @@ def optimize_noise(
     done = guider.sample(
         noise, samples, run, sampler.sigmas, denoise_mask=latent.get("noise_mask"), disable_pbar=True, seed=seed
     )
-    assert history.best is not None
-    _report(run, history.losses, updates)
+    _report(run, history, updates)
     home = comfy.model_management.intermediate_device()
     rest = {key: value for key, value in latent.items() if key != INVERTED}
     begins = {**rest, "samples": run.first_latent().to(home)}
@@ -127,15 +123,21 @@ class _Room:
         self.model.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, KEY, self._prepare)
         return self._graph
 
+    def bytes(self, shape: Any) -> float:
+        """What sampling needs beside the weights, ComfyUI's estimate and the graph."""
+        shape = shape if self._size is None else with_room_for_graph(self.model, self._size, shape, self._graph)
+        return self.model.model.memory_required([2 * shape[0], *shape[1:]])
+
     def _prepare(self, executor: Any, model: Any, noise_shape: Any, *args: Any, **kwargs: Any) -> Any:
         assert self._size is not None
         return executor(model, with_room_for_graph(model, self._size, noise_shape, self._graph), *args, **kwargs)
 
 
-def _report(run: Optimization, losses: list[float], updates: int) -> None:
+def _report(run: Optimization, history: History, updates: int) -> None:
+    losses, best = history.losses, float(history.best.mean())
     words = f"{len(losses)} pictures, loss {losses[0]:.4g}"
     if updates:
-        words += f" -> {min(losses):.4g}"
+        words += f" -> {best:.4g}"
         before, after = run.noise
         words += f"; noise: rms {before['rms']:.3f} -> {after['rms']:.3f}, neighbours' correlation {after['neighbours']:.3f}"
     warnings = []
@@ -146,6 +148,6 @@ def _report(run: Optimization, losses: list[float], updates: int) -> None:
         )
     if run.stopped:
         warnings.append(f"stopped after {len(losses)} of {updates + 1} pictures: {run.stopped}")
-    if updates and not run.interrupted and min(losses) >= losses[0]:
+    if updates and not run.interrupted and not best < losses[0]:
         warnings.append("no update made the picture better: lower strength, or take more updates")
     say(words, warnings)

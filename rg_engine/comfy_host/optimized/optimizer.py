@@ -43,6 +43,7 @@ class Job:
     inverted: bool = False
     seed: int = 0
     graph: Graph = "full"
+    memory: float = 0.0  # bytes of a model call with a graph
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Optimization(comfy.samplers.Sampler):
         self, guider: Any, job: Job, extra_args: dict, noise: Tensor, latent: Tensor, mask: Tensor | None, sigmas: Tensor
     ) -> Tensor:
         steps = len(sigmas) - 1
-        network = Network(guider, extra_args["model_options"], job.graph, calls=2 * steps)
+        network = Network(guider, extra_args["model_options"], job.graph, 2 * steps, job.memory)
         way = Trajectory(
             network, job.sampler_name, sigmas, extra_args, noise, latent_image=latent, denoise_mask=mask,
             coupled=job.coupled, inverted=job.inverted, tick=lambda step: self._tick(self._made, step),

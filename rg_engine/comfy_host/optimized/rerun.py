@@ -7,7 +7,8 @@ re-entrance grows with the number of steps instead.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ Scope = Callable[[], contextlib.AbstractContextManager[Any]]
 class Stage:
     """One step of the way: a function of one tensor.
 
-    run: it, as ComfyUI runs it; with_graph: the same where autograd is on, run inside of ``scope``; ready: makes sure that
-    its model is loaded; lighten: takes less memory from now on, and says whether that is possible; on_cpu: where its input
-    is kept.
+    run: it, as ComfyUI runs it; with_graph: the same where autograd is on, run inside of ``scope``; backward: instead of
+    that, the gradient of the input, given the input and the result's gradient; ready: makes sure that its model is loaded;
+    lighten: takes less memory from now on, and says whether that is possible; on_cpu: where its input is kept.
     """
 
     def __init__(
@@ -34,11 +35,12 @@ class Stage:
         scope: Scope,
         *,
         with_graph: Function | None = None,
+        backward: Callable[[Tensor, Tensor], Tensor] | None = None,
         ready: Callable[[], None] = lambda: None,
         lighten: Callable[[], bool] = lambda: False,
         on_cpu: bool = False,
     ) -> None:
-        self._run, self._with_graph = run, with_graph or run
+        self._run, self._with_graph, self._backward = run, with_graph or run, backward or self._differentiate
         self._scope, self._ready, self._lighten, self._on_cpu = scope, ready, lighten, on_cpu
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -63,11 +65,10 @@ class Stage:
         On the way it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows. Out of memory, it is tried once more in less.
         """
-        if not bool(gradient.any()):
+        gain = gain_of([gradient])
+        if gain is None:
             return torch.zeros_like(kept, device=gradient.device)
-        largest = gradient.detach().abs().amax().double()
-        gain = torch.exp2(-largest.log2().floor()) if bool(torch.isfinite(largest)) else torch.ones_like(largest)
-        scaled = (gradient.double() * gain).to(gradient.dtype) if gradient.dtype != torch.float64 else gradient * gain
+        scaled = gradient * gain
         try:
             found = self._pull(kept, scaled)
         except Exception as error:
@@ -76,15 +77,24 @@ class Stage:
             found = None
         if found is None:  # out of the handler, which holds on to what did not fit
             found = self._pull(kept, scaled)
-        return (found.double() / gain).to(kept.dtype)
+        return found / gain
 
     def _pull(self, kept: Tensor, gradient: Tensor) -> Tensor:
         self._ready()
         with self._scope(), torch.enable_grad():
-            leaf = kept.to(gradient.device).clone().requires_grad_()
-            y = self._with_graph(leaf)
-            (found,) = torch.autograd.grad(y, leaf, gradient.to(y.dtype))
-        return found
+            return self._backward(kept.to(gradient.device).clone().requires_grad_(), gradient)
+
+    def _differentiate(self, leaf: Tensor, gradient: Tensor) -> Tensor:
+        y = self._with_graph(leaf)
+        return torch.autograd.grad(y, leaf, gradient.to(y.dtype))[0]
+
+
+def gain_of(gradients: Sequence[Tensor]) -> float | None:
+    """The power of two that brings their largest element to 1..2; 1 where it is not finite, None where it is 0."""
+    largest = max(float(gradient.detach().abs().amax()) for gradient in gradients)
+    if largest == 0:
+        return None
+    return 2.0 ** -max(min(math.floor(math.log2(largest)), 120), -120) if math.isfinite(largest) else 1.0
 
 
 class _Rerun(torch.autograd.Function):

@@ -38,10 +38,6 @@ class Decoder:
         stage = Stage(self._decode, self._scoped, ready=lambda: self._load(latents[:1].shape), lighten=self._lighten)
         return torch.cat([stage(row) for row in latents.split(1)])
 
-    def pictures(self, images: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in -1..1 as ComfyUI has them, (B, H, W, 3) in 0..1, on the CPU."""
-        return (images.detach().float() / 2 + 0.5).clamp(0, 1).movedim(1, -1).cpu()
-
     def _decode(self, latent: Tensor) -> Tensor:
         vae = self._vae
         images = vae.first_stage_model.decode(latent.to(vae.vae_dtype).to(vae.device)).float()

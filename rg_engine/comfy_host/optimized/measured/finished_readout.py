@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import comfy.model_patcher
@@ -16,7 +17,7 @@ from ....guidance.targets import fit
 from ...loaded.frozen_layers import plain
 from ...loaded.model import heads_on, input_scale
 from ..network import Network
-from ..rerun import Stage
+from ..rerun import Stage, gain_of
 
 KEY = "readout_guidance_finished"
 #: The part of the diffusion time at which a finished latent is read; heads read best at a little noise.
@@ -47,12 +48,24 @@ class FinishedReadout:
         if self._source is None:
             self._source = self._look_at_source(latents.detach())
         network = self._network
-        stage = Stage(self._loss, network.scope, ready=network.load, lighten=network.lighten)
+        stage = Stage(self._loss, network.scope, backward=self._backward, ready=network.load, lighten=network.lighten)
         return stage(latents)
 
     def _loss(self, latents: Tensor) -> Tensor:
         with heads_on(self._heads, latents.device):
             return self._objective.loss(self._branch(latents), self._active, self._source)[0]
+
+    def _backward(self, latents: Tensor, gradient: Tensor) -> Tensor:
+        """In two parts, through the heads in fp32 and through the network, with a gain of its own: each feature's share of
+        the loss is too small for half precision."""
+        with heads_on(self._heads, latents.device):
+            branch = self._branch(latents)
+            features = [f.detach().float().requires_grad_() for f in branch.features]
+            loss, _ = self._objective.loss(dataclasses.replace(branch, features=features), self._active, self._source)
+            shares = torch.autograd.grad(loss, features, gradient.to(loss), allow_unused=True, materialize_grads=True)
+        gain = gain_of(shares) or 1.0
+        scaled = [(gain * share).to(f.dtype) for share, f in zip(shares, branch.features, strict=True)]
+        return torch.autograd.grad(branch.features, latents, scaled)[0] / gain
 
     def _look_at_source(self, latents: Tensor) -> SourceStep:
         """What the picture now, and references, read like."""

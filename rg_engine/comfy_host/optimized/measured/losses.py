@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import comfy.model_management
@@ -25,7 +23,7 @@ from ....optimization.losses import (
     load_classifier,
     mean_feature,
     symmetry_loss,
-)  # fmt: skip
+)
 from ....optimization.losses.clip import Over
 from ...folders import find_loss_file
 from ...loaded.gradient_scope import GradientScope
@@ -102,17 +100,17 @@ class LoadedClassifier:
         self._scope = GradientScope(classifier.network)
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        load: Callable[[], None] = lambda: comfy.model_management.load_model_gpu(self._patcher)  # noqa: E731
-        return Stage(self._classify, self._scoped, ready=load)(pixels)
+        return Stage(self._classify, self._scoped, ready=self._load)(pixels)
 
     def _classify(self, pixels: Tensor) -> Tensor:
         logits = self._network(pixels.to(self._patcher.load_device))
         return logits.float().to(pixels.device)
 
-    @contextlib.contextmanager
-    def _scoped(self) -> Iterator[None]:
-        with self._scope:
-            yield
+    def _load(self) -> None:
+        comfy.model_management.load_model_gpu(self._patcher)
+
+    def _scoped(self) -> GradientScope:
+        return self._scope
 
 
 def _crops(count: int, power: float, size_px: int) -> Crops:
