@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
@@ -24,7 +25,7 @@ from .checks import check_inputs, check_inversion, check_latent
 from .history import History
 from .measured.decoding import Decoder
 from .network import KEY
-from .optimizer import Job, Optimization
+from .optimizer import Job, Optimization, Seen
 from .samplers import check_sampler
 
 
@@ -44,13 +45,13 @@ class Optimized:
 def optimize_noise(
     model: Any, vae: Any, loss: PictureLoss | None, target: Target | None, settings: UpdateSettings, *, updates: int,
     coupled: bool, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
-    latent: dict[str, Any], denoise: float,
+    latent: dict[str, Any], denoise: float, watch: Callable[[Seen], None] = lambda seen: None,
 ) -> Optimized:  # fmt: skip
     """Sample as KSampler does, again and again, and move the noise so that the loss of the finished picture falls.
 
     With 0 updates, or strength 0, the picture is KSampler's. An inverted latent (Invert Latent) is what sampling begins
-    from: no noise is added. An interrupt keeps the best picture so far. Raises OptimizationError, or TargetError, for what
-    can't be optimized.
+    from: no noise is added. An interrupt keeps the best picture so far. ``watch`` is told of each picture. Raises
+    OptimizationError, or TargetError, for what can't be optimized.
     """
     check_sampler(sampler_name, coupled)
     inverted = inversion_of(latent)
@@ -82,7 +83,12 @@ def optimize_noise(
         graph=room.graph_for(samples.shape), memory=room.bytes(samples.shape),
     )  # fmt: skip
     history = History(updates, len(sampler.sigmas) - 1)
-    run = Optimization(job, history.add, history.tick)
+
+    def report(seen: Seen) -> None:
+        history.add(seen)
+        watch(seen)
+
+    run = Optimization(job, report, history.tick)
     guider = comfy.samplers.CFGGuider(room.model)
     guider.set_conds(positive, negative)
     guider.set_cfg(cfg)
