@@ -28,7 +28,7 @@ from ..training import Reading, TrainingSettings
 from ..types import Mode
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
 from .demo_world import World, demo_head, load_world
-from .evaluate_doodl import doodl_table
+from .evaluate_doodl import doodl_cost_table, doodl_table
 from .evaluate_edits import drags_table, identity_table
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
@@ -124,6 +124,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "drags": drags_table,
     "identity": identity_table,
     "doodl": doodl_table,
+    "doodl_cost": doodl_cost_table,
 }
 
 

@@ -22,6 +22,7 @@ from ..demo.measure import control_errors, mean_and_error
 from ..demo.scene_pictures import ScenePictures, scene_pictures
 from ..guidance import GuidanceSettings, Target
 from ..optimization import PictureLoss, UpdateSettings
+from .cost.operations import count_kept_bytes
 from .demo_heads import demo_recipe
 from .demo_world import World, demo_head, sample
 from .steering import SCENE_SEED, scene_target
@@ -65,6 +66,28 @@ def doodl_table(world: World) -> list[dict[str, Any]]:
                 }
             )  # fmt: skip
             print(rows[-1], flush=True)
+    return rows
+
+
+def doodl_cost_table(world: World) -> list[dict[str, Any]]:
+    """What an update takes, in pictures made by ComfyUI's sampler, and what is kept for its backward, by steps."""
+    aim, weights = _colours(scene_pictures(SCENE_SEED + 77, 1, figure_only=True)), list(world.model.model.parameters())
+    rows = []
+    for cfg in (1.0, CFG):
+        for steps in (10, 25, 50):
+            seconds: dict[int, list[float]] = {0: [], 1: []}  # of the processor, which other programs do not change
+            for updates in (0, 1, 0, 1):
+                began = time.process_time()
+                with count_kept_bytes(*weights) as kept:
+                    _run(world, aim, updates, seed=SEED, count=1, steps=steps, cfg=cfg)
+                seconds[updates].append(time.process_time() - began)
+            plain, both = min(seconds[0]), min(seconds[1])
+            rows.append(
+                {
+                    "cfg": cfg, "steps": steps, "seconds a picture": round(plain, 2),
+                    "an update, in pictures": round((both - plain) / plain, 2), "MiB kept": round(kept[0] / 2**20, 2),
+                }
+            )  # fmt: skip
     return rows
 
 
@@ -119,14 +142,15 @@ def _colours(wanted: ScenePictures) -> Aim:
 
 
 def _run(
-    world: World, aim: Aim, updates: int, *, seed: int, count: int, watch: Callable[[Seen], None] = lambda seen: None
-) -> tuple[Tensor, Tensor, float]:
+    world: World, aim: Aim, updates: int, *, seed: int, count: int, steps: int = STEPS, cfg: float = CFG,
+    watch: Callable[[Seen], None] = lambda seen: None,
+) -> tuple[Tensor, Tensor, float]:  # fmt: skip
     """Finished pictures (n, H, W, 3) in 0..1, the losses that they were chosen by (n,), and seconds."""
     began = time.perf_counter()
     with torch.inference_mode():
         done: Optimized = optimize_noise(
             world.model, world.vae, aim.loss, aim.target, UpdateSettings(strength=aim.strength), updates=updates,
-            coupled=False, seed=seed, steps=STEPS, cfg=CFG, sampler_name="euler", scheduler="normal",
+            coupled=False, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="normal",
             positive=[[world.clip.encode(PROMPT), {}]], negative=[[world.clip.encode(""), {}]], latent=_empty(count),
             denoise=1.0, watch=watch,
         )  # fmt: skip
