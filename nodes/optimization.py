@@ -27,20 +27,31 @@ class OptimizeNoise(io.ComfyNode):
             "again and again. An update takes about as long as four plain pictures; few-step models are the fast case.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that makes the picture; LoRAs and ControlNets work as usual."),
-                io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
+                    tooltip="Of the noise that it begins with.",
+                ),
                 io.Int.Input(
                     "steps", default=4, min=1, max=10000, tooltip="Of each picture. Time grows with them, memory does not."
                 ),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01,
+                    tooltip="As on KSampler; 1 takes half the time.",
+                ),
                 io.Combo.Input(
                     "sampler_name", options=comfy.samplers.KSampler.SAMPLERS,
                     tooltip="euler is a good one; samplers without a right gradient are refused by name.",
                 ),
-                io.Combo.Input("scheduler", options=comfy.samplers.KSampler.SCHEDULERS),
+                io.Combo.Input(
+                    "scheduler", options=comfy.samplers.KSampler.SCHEDULERS, tooltip="As on KSampler."
+                ),
                 io.Conditioning.Input("positive", tooltip="What should be in the picture."),
                 io.Conditioning.Input("negative", tooltip="What should not."),
                 io.Latent.Input("latent_image", tooltip="The latent to denoise; one of Invert Latent edits that picture."),
-                io.Float.Input("denoise", default=1.0, min=0.0, max=1.0, step=0.01),
+                io.Float.Input(
+                    "denoise", default=1.0, min=0.0, max=1.0, step=0.01,
+                    tooltip="As on KSampler; below 1 the noise on latent_image is improved.",
+                ),
                 io.Vae.Input("vae", tooltip="Decodes each picture for the losses."),
                 PictureLoss.Input("loss", optional=True, tooltip="What the finished picture should be."),
                 io.Int.Input("updates", default=20, min=0, max=10000, tooltip="Updates of the noise; 0 is KSampler."),
