@@ -58,7 +58,9 @@ def test_the_authors_run_through_the_node(small, monkeypatch, run, couple):
     start = pairs[0][:1] * (1 + sigmas[0] ** 2).sqrt() / sigmas[0]
     monkeypatch.setattr(comfy.samplers, "calculate_sigmas", lambda *_: sigmas)
     monkeypatch.setattr(comfy.sample, "prepare_noise", lambda *_: start)
+    monkeypatch.setattr(engine("optimization.edict").sample_pair, "__defaults__", (kit.p,))
     done = small.optimize(
+        latent_image={"samples": torch.zeros_like(start)},
         cfg=kit.cfg, steps=len(sigmas) - 1, couple=couple, mode="reference", updates=len(pairs) - 1, noise=0.0,
         clip=asked.clip_grad_val, loss_scale=asked.grad_scale,
     )  # fmt: skip

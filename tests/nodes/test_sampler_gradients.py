@@ -152,7 +152,7 @@ def test_the_authors_gradient_through_comfyuis_own_euler(small):
             found[name] = gradient_of(way, lambda ends: (function(ends[0] / (1 + last**2) ** 0.5) - wanted).square().mean())  # noqa: B023
         return found
 
-    found = along(small.model, *small.prompts, work, cfg=small.cfg, sigmas=sigmas, noise=noise)
+    found = along(small.model, *small.prompts, work, cfg=small.cfg, sigmas=sigmas, noise=noise, shape=z.shape)
     for name, (loss, gradient) in found.items():
         assert relative(loss, small(f"ddim.{name}.loss")) < 1e-4
         assert relative(gradient[0], small(f"ddim.{name}.dz")) < 1e-4
