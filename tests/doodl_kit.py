@@ -109,11 +109,11 @@ class Kit:
                 )
                 for name in ("vit_l_14", "vit_b_32")
             }
-            return (
-                parts["vit_l_14"]
-                if target
-                else lambda images, g: 0.25 * parts["vit_l_14"](images, g) + 0.75 * parts["vit_b_32"](images, g)
-            )
+            if target:
+                return parts["vit_l_14"]
+            runs = self.settings["runs"].values()
+            weights = next(r["model_guidance_dict"]["weights"] for r in runs if r["model_guidance_type"] == "aesthetic")
+            return lambda images, g: sum(w * part(images, g) for w, part in zip(weights, parts.values(), strict=True)) / 2
         return losses.symmetry_loss
 
 
