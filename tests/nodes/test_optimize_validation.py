@@ -55,6 +55,7 @@ def test_a_run_that_nothing_is_wrong_with(demo):
         ({"loss": None}, "nothing to optimize for: connect a loss .* or a target"),
         ({"latent_image": {"samples": torch.zeros(1, 8, 2, 16, 16)}}, "3 dimensions: only pictures"),
         ({"denoise": 0.0}, "denoise 0 nothing is sampled"),
+        ({"steps": 0}, "steps 0 and updates 2 make no picture"),
         ({"strength": float("nan")}, "strength is nan: give 0 or more"),
         (
             {"couple": "edict", "latent_image": {"samples": torch.zeros(1, 4, 16, 16), "noise_mask": torch.ones(1, 16, 16)}},
@@ -110,6 +111,9 @@ def test_targets_that_do_not_fit(demo):
     )  # fmt: skip
     with refused("head", "BackboneError"):
         demo.optimize(target=other)
+    points = node("RG_DragPoints", points='{"version": 1, "drags": [{"from": [0.5, 0.5], "to": [0.6, 0.5]}]}', frames=3)
+    with refused("drags in several frames"):
+        demo.optimize(target=target("demo_correspondence.safetensors", image=None, drag_points=points[0]))
     with refused("batch of 3", "TargetError"):
         demo.optimize(target=target(image=torch.rand(3, 64, 64, 3)))
     assert not demo.calls

@@ -22,6 +22,11 @@ def check_inputs(model: Any, vae: Any, loss: PictureLoss | None, targets: tuple[
         raise OptimizationError("there is nothing to optimize for: connect a loss (CLIP Loss, Picture Loss) or a target")
     if loss is not None:
         loss.check_batch(len(samples))
+    if any(target.drag_frames > 1 for target in targets):
+        raise OptimizationError(
+            "drags in several frames are pictures of their own: set frames of Drag Points to 1, or play them with "
+            "Readout-Guided KSampler"
+        )
     if guidance_of(model):
         raise OptimizationError(
             "the model is guided by Apply Readout Guidance, which moves the latent by itself while it is sampled: connect "

@@ -62,6 +62,8 @@ def optimize_noise(
     noise = torch.zeros_like(samples, device="cpu")
     if inverted is None:
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
+    if steps < 1 or updates < 0:
+        raise OptimizationError(f"steps {steps} and updates {updates} make no picture: give at least 1 step and 0 updates")
     sampler = comfy.samplers.KSampler(
         model, steps=steps, device=model.load_device, sampler=sampler_name, scheduler=scheduler, denoise=denoise,
         model_options=model.model_options,

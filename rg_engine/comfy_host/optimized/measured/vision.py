@@ -18,8 +18,8 @@ from ...loaded.gradient_scope import GradientScope
 from ...loaded.saved_tensors import beside_other_nodes
 from ..rerun import Stage
 
-#: A projection with columns shorter than this is memory that nobody filled.
-SMALLEST = 1e-6
+#: A projection with shorter columns, or larger elements, is memory that nobody filled.
+SMALLEST, LARGEST = 1e-6, 100.0
 
 
 class PictureEncoder:
@@ -99,7 +99,8 @@ def _check_projection(projection: Any) -> None:
     """ComfyUI leaves the projection of a file that has none as the memory was, or as the identity."""
     weight = projection.weight.float()
     eye = weight.shape[0] == weight.shape[1] and torch.equal(weight, torch.eye(len(weight), device=weight.device))
-    if eye or not torch.isfinite(weight).all() or float(weight.norm(dim=0).min()) < SMALLEST:
+    filled = bool(weight.abs().amax() < LARGEST) and bool(weight.norm(dim=0).amin() > SMALLEST)  # NaN is neither
+    if eye or not filled:
         raise OptimizationError(
             "this CLIP's file holds no text_projection, so that its texts share no space with pictures: load a whole CLIP "
             "(both towers in one file, which Load CLIP and Load CLIP Vision both read)"
