@@ -94,15 +94,15 @@ def test_without_updates_the_picture_is_ksamplers_to_the_last_bit(small, given, 
 
 MODES = [
     {}, {"mode": "reference", "loss_scale": 0.1}, {"noise_like": "white"}, {"nesterov": True}, {"keep_norm": False},
-    {"noise": 1e-3}, {"couple": "edict", "steps": 25},
+    {"noise": 1e-3}, {"couple": "edict", "steps": 20},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_the_loss_falls(small, mode):
-    done = small.optimize(updates=4, **mode)
-    assert min(done.losses) < 0.97 * done.losses[0]
-    assert len(done.losses) == 5
+    done = small.optimize(updates=2 if "couple" in mode else 4, **mode)
+    assert min(done.losses) < 0.99 * done.losses[0]
+    assert len(done.losses) == (3 if "couple" in mode else 5)
     assert done.plot.shape == (1, 400, 720, 3)
 
 
@@ -180,9 +180,9 @@ def test_what_is_kept_does_not_grow_with_the_steps(small):
             gradient_of(way, lambda ends: ends.square().mean())
         return kept[0]
 
-    for steps in (10, 25, 50):
+    for steps in (10, 30):
         most[steps] = along(small.model, small.positive, small.negative, work, steps=steps)
-    assert most[50] < 1.05 * most[10]
+    assert most[30] < 1.05 * most[10]
 
 
 def test_half_precision_keeps_the_gradient(comfyui):
@@ -203,7 +203,7 @@ def test_half_precision_keeps_the_gradient(comfyui):
             return gradient_of(way, lambda ends: scale * kit.images(ends[0]).square().mean())[1]
 
         prompts = [[[kit(name), {}]] for name in ("ctx.cond", "ctx.uncond")]
-        gradients[dtype, scale] = along(patcher(model), *prompts, work, steps=10, cfg=3.0).flatten().double()
+        gradients[dtype, scale] = along(patcher(model), *prompts, work, steps=6, cfg=3.0).flatten().double()
     wanted = gradients.pop((torch.float32, 1.0))
     for found in gradients.values():
         assert float(torch.cosine_similarity(found, wanted, dim=0)) > 0.99
