@@ -6,7 +6,7 @@ from typing import Any
 
 from comfy_api.latest import io
 
-from ..rg_engine.comfy_host.folders import find_loss_file, loss_files
+from ..rg_engine.comfy_host.folders import find_loss_file, loss_file_version, loss_files
 from ..rg_engine.comfy_host.optimized.measured.losses import (
     KINDS,
     aesthetic_measure,
@@ -112,6 +112,11 @@ class AestheticLossNode(io.ComfyNode):
         return known("aesthetic_heads", head)
 
     @classmethod
+    def fingerprint_inputs(cls, head: str, **_others: Any) -> str:
+        """A file that was replaced is loaded again."""
+        return loss_file_version("aesthetic_heads", head)
+
+    @classmethod
     def execute(cls, clip_vision, head, weight, target=0.0, crops=0, crop_power=0.3, previous=None) -> io.NodeOutput:
         measure = aesthetic_measure(clip_vision, head, target, crops=crops, crop_power=crop_power)
         return io.NodeOutput(Loss(name=f"aesthetic, {head}", measure=measure, weight=weight, previous=previous))
@@ -142,6 +147,11 @@ class ClassifierLossNode(io.ComfyNode):
     @classmethod
     def validate_inputs(cls, classifier: str) -> bool | str:
         return known("classifiers", classifier)
+
+    @classmethod
+    def fingerprint_inputs(cls, classifier: str, **_others: Any) -> str:
+        """A file that was replaced is loaded again."""
+        return loss_file_version("classifiers", classifier)
 
     @classmethod
     def execute(cls, classifier, label, weight, crops=0, crop_power=0.3, previous=None) -> io.NodeOutput:

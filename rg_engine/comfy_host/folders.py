@@ -50,6 +50,11 @@ def find_loss_file(folder: LossFolder, name: str) -> str:
     return folder_paths.get_full_path_or_raise(folder, name)
 
 
+def loss_file_version(folder: LossFolder, name: str) -> str:
+    """Changes when the file does."""
+    return _version(find_loss_file(folder, name))
+
+
 def head_names() -> list[str]:
     return folder_paths.get_filename_list(FOLDER)
 
@@ -74,7 +79,10 @@ def find_head(name: str) -> str:
 
 def head_version(name: str) -> str:
     """Changes when the file does."""
-    path = find_head(name)
+    return _version(find_head(name))
+
+
+def _version(path: str) -> str:
     return f"{path} {os.path.getmtime(path)} {os.path.getsize(path)}"
 
 

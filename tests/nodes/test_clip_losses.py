@@ -170,6 +170,8 @@ def folders(tmp_path):
 
 
 def test_the_aesthetic_loss_from_a_file(pair, folders):
+    import nodes
+
     torch.save({"weight": torch.randn(1, WIDTH), "bias": torch.tensor([5.0])}, folders.aesthetic_heads / "linear.pth")
     torch.save({"weight": torch.randn(1, 768), "bias": torch.tensor([5.0])}, folders.aesthetic_heads / "wide.pth")
     vision = pair.vision()
@@ -180,6 +182,10 @@ def test_the_aesthetic_loss_from_a_file(pair, folders):
     assert gradient.abs().amax() > 0
     with refused("'wide.pth' rates 768 features and this CLIP Vision model gives 24"):
         node("RG_AestheticLoss", clip_vision=vision, head="wide.pth", weight=1.0)
+    fingerprint = nodes.NODE_CLASS_MAPPINGS["RG_AestheticLoss"].fingerprint_inputs
+    before = fingerprint(head="linear.pth", clip_vision=None, weight=1.0)
+    torch.save({"weight": torch.randn(1, WIDTH), "bias": torch.ones(1), "x": 1}, folders.aesthetic_heads / "linear.pth")
+    assert fingerprint(head="linear.pth", clip_vision=None, weight=1.0) != before
     with refused("no file named '../x.pth'"):
         node("RG_AestheticLoss", clip_vision=vision, head="../x.pth", weight=1.0)
 
