@@ -15,6 +15,7 @@ DragPoints = io.Custom("DRAG_POINTS")
 Readout = io.Custom("READOUT")
 Tracks = io.Custom("TRACKS")
 ReadoutKeyframes = io.Custom("READOUT_KEYFRAMES")
+PictureLoss = io.Custom("PICTURE_LOSS")
 
 
 def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:

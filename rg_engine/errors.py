@@ -21,5 +21,9 @@ class TrainingError(ReadoutGuidanceError):
     """A head can't be trained: its examples, its settings, its checkpoint, or a loss that is not finite."""
 
 
+class OptimizationError(ReadoutGuidanceError):
+    """A latent can't be optimized: a loss or its file, a sampler without gradients, settings out of range."""
+
+
 class ModelWorldError(ReadoutGuidanceError):
     """The embedded demo model's files are missing or damaged."""

@@ -6,17 +6,20 @@ import contextlib
 import os
 import re
 from pathlib import Path
+from typing import Literal, get_args
 
 import folder_paths
 from safetensors import SafetensorError
 
 from ..demo import DEMO_HEADS
-from ..errors import HeadFileError
+from ..errors import HeadFileError, OptimizationError
 from ..heads import ReadoutHead, load_head, save_head
+from ..optimization.files import EXTENSIONS as LOSS_EXTENSIONS
 from ..types import HeadKind
 
 FOLDER = "readout_heads"
 EXTENSIONS = {".safetensors", ".pt"}
+LossFolder = Literal["aesthetic_heads", "classifiers"]
 
 
 def register_folders() -> None:
@@ -28,6 +31,28 @@ def register_folders() -> None:
     folder_paths.add_model_folder_path(FOLDER, str(DEMO_HEADS))
     paths, _ = folder_paths.folder_names_and_paths[FOLDER]
     folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
+    for folder in get_args(LossFolder):
+        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder), is_default=True)
+        paths, _ = folder_paths.folder_names_and_paths[folder]
+        folder_paths.folder_names_and_paths[folder] = (paths, LOSS_EXTENSIONS)
+
+
+def loss_files(folder: LossFolder) -> list[str]:
+    return folder_paths.get_filename_list(folder)
+
+
+def find_loss_file(folder: LossFolder, name: str) -> str:
+    """The path of an aesthetic head or a classifier by its name in the list. Raises OptimizationError for anything else."""
+    if name not in loss_files(folder):
+        raise OptimizationError(
+            f"there is no file named {name!r} in models/{folder}: put it there, refresh, and choose it by its name"
+        )
+    return folder_paths.get_full_path_or_raise(folder, name)
+
+
+def loss_file_version(folder: LossFolder, name: str) -> str:
+    """Changes when the file does."""
+    return _version(find_loss_file(folder, name))
 
 
 def head_names() -> list[str]:
@@ -54,7 +79,10 @@ def find_head(name: str) -> str:
 
 def head_version(name: str) -> str:
     """Changes when the file does."""
-    path = find_head(name)
+    return _version(find_head(name))
+
+
+def _version(path: str) -> str:
     return f"{path} {os.path.getmtime(path)} {os.path.getsize(path)}"
 
 

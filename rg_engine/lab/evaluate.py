@@ -30,6 +30,7 @@ from ..types import Mode
 from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
 from .demo_world import World, encoded, load_world
 from .evaluate_blocks import blocks_table, plot_blocks
+from .evaluate_doodl import doodl_cost_table, doodl_table
 from .evaluate_edits import drags_table, identity_table
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
@@ -128,6 +129,8 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "drags": drags_table,
     "identity": identity_table,
     "blocks": blocks_table,
+    "doodl": doodl_table,
+    "doodl_cost": doodl_cost_table,
 }
 #: Of a transformer alone, and of a UNet alone.
 OF_ONE = {"blocks": "transformer", "conventions": "UNet"}

@@ -41,6 +41,14 @@ def test_an_edit_s_picture_shows_the_arrows_and_what_came_of_them(run):
     assert not np.array_equal(start, dragged)
 
 
+def test_optimized_noise_s_picture_shows_what_was_asked_for_before_and_after(run):
+    row = np.asarray(run("optimize_noise", "edit_row", "RG_OptimizeNoise", steps=2, updates=2))
+    wanted, before, after = np.split(row.astype(int), 3, axis=1)
+    assert wanted.shape == after.shape == (256, 256, 3)
+    assert np.abs(wanted - before).mean() > 1
+    assert np.abs(after - before).mean() > 1
+
+
 def test_a_guided_model_s_picture_shows_the_pose_and_what_each_strength_made_of_it(run):
     engine("lab.workflow").load_comfyui_nodes("nodes_latent.py")
     pose, *made = np.split(np.asarray(run("apply", "edit_row", "KSamplerAdvanced", steps=4)), 5, axis=1)

@@ -54,6 +54,23 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "RG_ReadoutKeyframes": (["keyframes", "interpolation"], ["values"], ["READOUT_KEYFRAMES", "IMAGE"]),
     "RG_FollowCrops": (["positive", "image"], [], ["CONDITIONING"]),
+    "RG_OptimizeNoise": (
+        [*KSAMPLER, "vae", "updates", "strength", "mode"],
+        ["loss", "target", "couple", "keep_norm", "noise", "clip", "loss_scale", "preset", "noise_like", "nesterov"],
+        ["LATENT", "LATENT", "IMAGE", "FLOAT", "IMAGE"],
+    ),
+    "RG_ClipLoss": (
+        ["clip_vision", "weight", "crops", "crop_power", "crop_loss"],
+        ["clip", "text", "image", "previous"],
+        ["PICTURE_LOSS"],
+    ),
+    "RG_AestheticLoss": (
+        ["clip_vision", "head", "weight", "target", "crops", "crop_power"],
+        ["previous"],
+        ["PICTURE_LOSS"],
+    ),
+    "RG_ClassifierLoss": (["classifier", "label", "weight", "crops", "crop_power"], ["previous"], ["PICTURE_LOSS"]),
+    "RG_PictureLoss": (["kind", "weight"], ["image", "mask", "previous"], ["PICTURE_LOSS"]),
 }  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
 #: Known from KSampler, or plain; a tooltip would only repeat the name.

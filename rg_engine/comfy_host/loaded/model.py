@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...errors import BackboneError
 from ...features import Backbone, check_head_fits, detect_backbone
 from ...heads import ReadoutHead
 
@@ -16,6 +17,14 @@ from ...heads import ReadoutHead
 def backbone_of(model: Any) -> Backbone:
     """The taps of a ModelPatcher's network. Raises BackboneError if it has none that are known."""
     return detect_backbone(model.get_model_object("diffusion_model"))
+
+
+def known_backbone(network: Any) -> Backbone | None:
+    """The taps of a network, None if it has none that are known."""
+    try:
+        return detect_backbone(network)
+    except BackboneError:
+        return None
 
 
 def check_fits(head: ReadoutHead, backbone: Backbone) -> Backbone:

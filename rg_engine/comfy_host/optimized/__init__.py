@@ -1,0 +1,1 @@
+"""Latents optimized for the finished picture, through the whole sampling (DOODL)."""

@@ -1,0 +1,1 @@
+"""What finished latents are measured by: their pictures, CLIP, classifiers, readout heads; each differentiable."""
