@@ -21,5 +21,9 @@ class TrainingError(ReadoutGuidanceError):
     """A head can't be trained: its examples, its settings, its checkpoint, or a loss that is not finite."""
 
 
+class BoundaryError(ReadoutGuidanceError):
+    """A boundary can't be fitted, read or applied: its pictures, its file, or a model that it was not fitted on."""
+
+
 class ModelWorldError(ReadoutGuidanceError):
     """The embedded demo model's files are missing or damaged."""
