@@ -15,6 +15,8 @@ DragPoints = io.Custom("DRAG_POINTS")
 Readout = io.Custom("READOUT")
 Tracks = io.Custom("TRACKS")
 ReadoutKeyframes = io.Custom("READOUT_KEYFRAMES")
+Boundary = io.Custom("BOUNDARY")
+BoundaryEditChain = io.Custom("BOUNDARY_EDIT")
 
 
 def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:

@@ -91,7 +91,9 @@ def features_of(space: PartSpace, value: Tensor, mask: Tensor | None = None) -> 
     return (value * weights).flatten(2).sum(2) / weights.flatten(2).sum(2).clamp_min(1e-6)
 
 
-def fit_part(space: PartSpace, shape: tuple[int, ...], features: Tensor, labels: Tensor, solver: Solver) -> tuple[Part, Line]:
+def fit_part(
+    space: PartSpace, shape: tuple[int, ...], features: Tensor, labels: Tensor, solver: Solver
+) -> tuple[Part, Line]:
     """The part that a solver's line makes of features (N, D), labels (N,), True for the class that strength leads to."""
     line = solver(features, labels)
     normal = (line.coef / line.coef.norm()).float()

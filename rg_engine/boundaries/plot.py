@@ -28,7 +28,9 @@ def boundary_plot(tried: Sequence[Tried], chosen: int) -> Tensor:
         for space in tried[0].accuracy
     ]
     curves.append(("flips (green)", FLIP, [(each.step, each.flip) for each in tried if each.flip is not None]))
-    curves.append(("change elsewhere (red)", CHANGE, [(each.step, each.change) for each in tried if each.change is not None]))
+    curves.append(
+        ("change elsewhere (red)", CHANGE, [(each.step, each.change) for each in tried if each.change is not None])
+    )
     for name, colour, points in curves:
         places = [(step / LAST_TIMESTEP, min(value, 1.0)) for step, value in points]
         chart.line(places, colour, 3)

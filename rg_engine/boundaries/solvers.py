@@ -99,3 +99,20 @@ def _half_way(features: Tensor, labels: Tensor, coef: Tensor) -> Line:
 
 Solver = Callable[[Tensor, Tensor], Line]
 SOLVERS: dict[str, Solver] = {"svm": linear_svm, "mean difference": mean_difference, "fisher": fisher}
+
+
+def cross_validated(features: Tensor, labels: Tensor, solver: Solver, folds: int = 5) -> float:
+    """Accuracy on pictures left out, a fold at a time; each class is dealt out evenly. NaN with fewer than two of a class."""
+    fold = torch.zeros(len(labels), dtype=torch.long)
+    for value in (True, False):
+        rows = labels == value
+        fold[rows] = torch.arange(int(rows.sum())) % folds
+    if min(int(labels.sum()), int((~labels).sum())) < 2:
+        return float("nan")
+    right = 0
+    for number in range(folds):
+        out = fold == number
+        if bool(out.any()):
+            line = solver(features[~out], labels[~out])
+            right += int(((line.decide(features[out]) > 0) == labels[out]).sum())
+    return right / len(labels)

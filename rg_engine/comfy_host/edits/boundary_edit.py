@@ -236,5 +236,7 @@ def _told(crossings: Sequence[Crossing], start: State, prompts: Prompts) -> list
             if value is not None and boundary.mixing_step == start.timestep:
                 along = (coordinate(part, value, each.mask) - part.middle) / (part.gap / 2)
                 places = ", ".join(f"{float(v):+.2f}" for v in along[:8])
-                words.append(f"Boundary {number} in {part.space}: pictures began at {places} (the classes' means are -1 and +1).")
+                words.append(
+                    f"Boundary {number} in {part.space}: pictures began at {places} (the classes' means are -1 and +1)."
+                )
     return words

@@ -40,10 +40,10 @@ class Prompts:
         if self.cfg != 1.0 and self.negative is None:
             raise BoundaryError(f"cfg is {self.cfg:g}, which needs a negative prompt: connect negative, or set cfg to 1")
 
-    def rows(self, part: slice, pictures: int) -> Prompts:
-        """Those of some of the pictures, where the prompt has one row a picture."""
+    def of(self, pictures: Tensor, count: int) -> Prompts:
+        """Those of some of ``count`` pictures, by their numbers, where the prompt has one row a picture."""
         return dataclasses.replace(
-            self, positive=_rows(self.positive, part, pictures), negative=_rows(self.negative, part, pictures)
+            self, positive=_rows(self.positive, pictures, count), negative=_rows(self.negative, pictures, count)
         )
 
 
@@ -187,18 +187,18 @@ def _unguided(model: Any) -> Any:
     return clone
 
 
-def _rows(conditioning: Any, part: slice, pictures: int) -> Any:
+def _rows(conditioning: Any, pictures: Tensor, count: int) -> Any:
     if conditioning is None:
         return None
     picked = []
     for context, facts in conditioning:
-        if len(context) not in (1, pictures):
+        if len(context) not in (1, count):
             raise BoundaryError(
-                f"the prompt has {len(context)} rows for {pictures} pictures: give one for all of them, or one each"
+                f"the prompt has {len(context)} rows for {count} pictures: give one for all of them, or one each"
             )
         if len(context) == 1:
             picked.append([context, facts])
             continue
-        several = {key: value for key, value in facts.items() if isinstance(value, Tensor) and len(value) == pictures}
-        picked.append([context[part], {**facts, **{key: value[part] for key, value in several.items()}}])
+        several = {key: value for key, value in facts.items() if isinstance(value, Tensor) and len(value) == count}
+        picked.append([context[pictures], {**facts, **{key: value[pictures] for key, value in several.items()}}])
     return picked
