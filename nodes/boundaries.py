@@ -32,23 +32,24 @@ class FitBoundary(io.ComfyNode):
             "RG_FitBoundary",
             "Fit Boundary",
             aliases=["readout guidance", "boundary diffusion", "attribute slider", "concept slider", "latent direction"],
-            description="Learns an attribute from pictures that have it and pictures that lack it, without training: twenty to "
-            "a hundred of each kind. Boundary Edit then moves any picture across, with a slider.",
+            description="Learns an attribute from pictures that have it and pictures that lack it, without training: ten to "
+            "fifty of each kind. Boundary Edit then moves any picture across, with a slider.",
             inputs=[
                 io.Model.Input("model", tooltip="The model that will edit. It is not changed."),
                 io.MultiType.Input(
-                    "having", types=pictures, tooltip="Pictures with the attribute (with vae), or their latents; all of one size."
+                    "having", types=pictures, tooltip="Pictures with the attribute (and vae), or latents; of one size."
                 ),
                 io.Combo.Input(
                     "space", options=list(SPACES), default=DEFAULTS.space,
-                    tooltip="z: the whole latent, for what stands in one place in all pictures, and for walls and light. region: "
-                    "its colours inside a mask, for what stands anywhere. h: the network's innermost features; both: z and h, "
+                    tooltip="z: the whole latent, for walls, light and what stands in one place in all pictures. region: "
+                        "its "
+                    "colours inside a mask, for what stands anywhere. h: the network's innermost features; both: z and h, "
                     "as the paper. On many models h moves nothing: the report says so.",
                 ),
                 io.Int.Input(
                     "mixing_step", default=0, min=0, max=998,
-                    tooltip="The timestep (of 999) at which pictures are told apart and moved. 0: several are tried and the best "
-                    "is taken. The paper's is 500.",
+                    tooltip="The timestep (of 999) at which pictures are told apart and moved. 0: several are tried and the "
+                    "best is taken. The paper's is 500.",
                 ),
                 io.Int.Input(
                     "steps", default=DEFAULTS.steps, min=2, max=999,
@@ -67,26 +68,27 @@ class FitBoundary(io.ComfyNode):
                 ),
                 io.Vae.Input("vae", optional=True, tooltip="Encodes pictures, and draws the strip."),
                 io.Conditioning.Input(
-                    "positive", optional=True, tooltip="A prompt for all pictures, or one each; without it the prompt is empty. "
-                    "Edit with the same one."
+                    "positive", optional=True, tooltip="A prompt for all pictures, or one each; empty without it. Edit with "
+                    "the same one."
                 ),
                 io.String.Input(
                     "labels", default="", optional=True,
-                    tooltip="In place of lacking: for each picture of having 1 if it has the attribute, 0 if not, as 1 0 0 1.",
+                    tooltip="In place of lacking: 1 for each picture of having that has the attribute, 0 for others: 1 0 "
+                        "0 1.",
                 ),
-                io.Mask.Input("mask", optional=True, tooltip="What the attribute is about, in each picture of having or in all."),
+                io.Mask.Input("mask", optional=True, tooltip="What it is about, in each picture of having, or one for all."),
                 io.Mask.Input("mask_lacking", optional=True, tooltip="The same for the pictures of lacking."),
                 io.Int.Input(
                     "refinements", default=0, min=0, max=10, optional=True,
-                    tooltip="Further model calls a step of the inversion. 0 is the paper's; more change hardly anything here.",
+                    tooltip="Further model calls a step of the inversion. 0 is the paper's; more change hardly anything.",
                 ),
             ],
             outputs=[
                 Boundary.Output("BOUNDARY"),
                 io.String.Output("report", display_name="report"),
-                io.Image.Output("plot", display_name="plot", tooltip="Accuracy, flips and change at each step that was tried."),
+                io.Image.Output("plot", display_name="plot", tooltip="Accuracy, flips and change at each step tried."),
                 io.Image.Output(
-                    "strip", display_name="strip", tooltip="Pictures kept back, moved by -1.5 to 1.5 times the classes' distance."
+                    "strip", display_name="strip", tooltip="Pictures kept back, moved by strengths from -1.5 to 1.5."
                 ),
             ],
         )  # fmt: skip
@@ -110,27 +112,31 @@ class BoundaryEdit(io.ComfyNode):
             "RG_BoundaryEdit",
             "Boundary Edit",
             aliases=["readout guidance", "boundary diffusion", "attribute slider", "concept slider", "edit real photo"],
-            description="Moves a picture across a boundary: up to its noise level, one step to the side, and down again. The "
-            "way up is kept, so the next strength costs the way down only.",
+            description="Moves a picture across a boundary: up to its noise level, one step aside, and down again. The way "
+            "up is kept, so the next strength costs the way down only.",
             inputs=[
                 io.Model.Input("model", tooltip="The kind of model that the boundary was fitted on; it may be guided."),
                 Boundary.Input("boundary", tooltip="From Fit Boundary or Load Boundary."),
                 io.Latent.Input(
-                    "latent", tooltip="A picture through VAE Encode. An empty latent is sampled from noise and moved on its way."
+                    "latent", tooltip="A picture through VAE Encode. An empty latent is sampled, and moved on its way."
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-3.0, max=3.0, step=0.05, display_mode=io.NumberDisplay.slider,
-                    tooltip="0 leaves the picture, 1 moves it by the distance of the two kinds of pictures, -1 the other way.",
+                    tooltip="0 leaves the picture, 1 moves it by the distance of the two kinds of pictures, -1 the other "
+                        "way.",
                 ),
                 io.Combo.Input(
                     "move", options=list(MOVES), default="by",
-                    tooltip="by: strength times the two kinds' distance, from where the picture is. to: to the same place for "
-                    "every picture, 1 and -1 are the two kinds' means. distance: as the paper's code, in the latent's own units.",
+                    tooltip="by: strength times the two kinds' distance, from where the picture is. to: to the same "
+                        "place for "
+                    "every picture, 1 and -1 are the two kinds' means. distance: as the paper's code, in the latent's "
+                    "own units.",
                 ),
                 io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Both ways. 1 loses least."),
                 io.Float.Input(
                     "eta", default=0.0, min=0.0, max=1.0, step=0.05,
-                    tooltip="Noise on the way down. 0 keeps the picture's details, 1 is the paper's code and makes new ones.",
+                    tooltip="Noise on the way down. 0 keeps the picture's details, 1 is the paper's code and makes new "
+                        "ones.",
                 ),
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True,
@@ -139,7 +145,8 @@ class BoundaryEdit(io.ComfyNode):
                 io.Conditioning.Input("positive", optional=True, tooltip="As it was fitted with; without one it is empty."),
                 io.Conditioning.Input("negative", optional=True, tooltip="Needed where cfg is not 1."),
                 io.Mask.Input(
-                    "mask", optional=True, tooltip="Where the picture is moved. A boundary of a region needs what it is about."
+                    "mask", optional=True, tooltip="Where the picture is moved. A boundary of a region needs what it is "
+                    "about."
                 ),
                 io.String.Input(
                     "strengths", default="", optional=True,
@@ -150,7 +157,8 @@ class BoundaryEdit(io.ComfyNode):
                     tooltip="Of move distance, in place of strength.",
                 ),
                 BoundaryEditChain.Input(
-                    "previous", optional=True, tooltip="Another Boundary Edit: its edits are made too, before this one and at right "
+                    "previous", optional=True, tooltip="Another Boundary Edit: its edits are made too, before this one "
+                    "and at right "
                     "angles to it."
                 ),
                 ReadoutTarget.Input("target", optional=True, tooltip="Guides the way down, from Readout Target."),
@@ -158,7 +166,8 @@ class BoundaryEdit(io.ComfyNode):
                     "target_strength", default=1.0, min=0.0, max=10.0, step=0.05, optional=True, tooltip="Of the target."
                 ),
                 io.Int.Input(
-                    "steps", default=0, min=0, max=999, optional=True, tooltip="Levels up to the mixing step. 0: the boundary's."
+                    "steps", default=0, min=0, max=999, optional=True, tooltip="Levels up to the mixing step. 0: the "
+                    "boundary's."
                 ),
                 io.Int.Input(
                     "noise_steps", default=0, min=0, max=999, optional=True,
@@ -170,7 +179,8 @@ class BoundaryEdit(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "h_calls", options=["as the paper's code", "first"], default="as the paper's code", optional=True,
-                    tooltip="Of boundaries in h: the paper's code replaces h in the first call and hands on the call before's "
+                    tooltip="Of boundaries in h: the paper's code replaces h in the first call and hands on the call "
+                        "before's "
                     "from then on; first: the first call only.",
                 ),
             ],
@@ -251,7 +261,8 @@ class SaveBoundary(io.ComfyNode):
             "RG_SaveBoundary",
             "Save Boundary",
             aliases=["readout guidance", "boundary diffusion", "export"],
-            description="Saves a boundary into models/readout_boundaries, from where Load Boundary loads it (refresh its list).",
+            description="Saves a boundary into models/readout_boundaries, from where Load Boundary loads it (refresh its "
+            "list).",
             inputs=[
                 Boundary.Input("boundary", tooltip="From Fit Boundary."),
                 io.String.Input("name", default="my_boundary", tooltip="File name without folder; .safetensors is added."),

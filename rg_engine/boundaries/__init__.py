@@ -9,7 +9,7 @@ from .search import STEPS_TRIED, Tried, best_of, mean_norm
 from .solvers import SOLVERS, Line, Solver
 
 __all__ = [
-    "MOVES", "SOLVERS", "SPACES", "STEPS_TRIED", "Boundary", "Direction", "Examples", "Line", "Move", "Part", "Solver", "Space", "Tried",
-    "best_of", "coordinate", "features_of", "fit_part", "held_out", "in_turn", "load_boundary", "mean_norm", "orthogonal_directions",
-    "parse_labels", "save_boundary", "shift_of", "shifted",
+    "MOVES", "SOLVERS", "SPACES", "STEPS_TRIED", "Boundary", "Direction", "Examples", "Line", "Move", "Part", "Solver",
+    "Space", "Tried", "best_of", "coordinate", "features_of", "fit_part", "held_out", "in_turn", "load_boundary",
+    "mean_norm", "orthogonal_directions", "parse_labels", "save_boundary", "shift_of", "shifted",
 ]  # fmt: skip

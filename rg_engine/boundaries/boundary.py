@@ -43,8 +43,8 @@ class Part:
 class Boundary:
     """Parts; mixing_step, the timestep (of 999) at which they hold; steps, of the inversion from the picture up to there.
 
-    network and latent_shape (C, h, w): of what they were fitted on; solver, pictures, accuracy (of those kept back), prompt (a
-    digest): how.
+    network and latent_shape (C, h, w): of what they were fitted on; solver, pictures, accuracy (of those kept back), prompt
+    (a digest): how.
     """
 
     parts: tuple[Part, ...]

@@ -15,8 +15,8 @@ YES, NO = {"1", "+", "true", "yes", "with"}, {"0", "-", "-1", "false", "no", "wi
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Examples:
-    """Pictures (N, C, h, w) as latents, labels (N,), True for those with the attribute, masks (N or 1, 1, h, w) of what it is
-    about. Raises BoundaryError unless there is something to tell apart."""
+    """Pictures (N, C, h, w) as latents, labels (N,), True for those with the attribute, masks (N or 1, 1, h, w) of what it
+    is about. Raises BoundaryError unless there is something to tell apart."""
 
     latents: Tensor
     labels: Tensor
@@ -57,7 +57,7 @@ def check_classes(labels: Tensor) -> None:
 
 
 def held_out(labels: Tensor, share: float) -> Tensor:
-    """Which pictures are kept back, (N,): about ``share`` of each class, spread evenly, leaving at least one to learn from."""
+    """Which pictures are kept back, (N,): about ``share`` of each class, spread evenly; at least one is learned from."""
     kept = torch.zeros_like(labels)
     for value in (True, False):
         rows = (labels == value).nonzero().flatten()

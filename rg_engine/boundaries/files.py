@@ -32,9 +32,7 @@ def load_boundary(path: str | Path, name: str | None = None) -> Boundary:
     path = Path(path)
     name = name or path.name
     if path.suffix != ".safetensors":
-        raise BoundaryError(
-            f"{name!r} is no .safetensors file: boundaries are read from such files only, which hold no code"
-        )
+        raise BoundaryError(f"{name!r} is no .safetensors file: boundaries are such files only, which hold no code")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
@@ -44,7 +42,7 @@ def load_boundary(path: str | Path, name: str | None = None) -> Boundary:
     if METADATA_KEY not in metadata:
         some = ", ".join(sorted(tensors)[:4]) or "nothing"
         raise BoundaryError(
-            f"{name!r} is not a boundary: it holds {some} and no {METADATA_KEY}. Choose a Save Boundary file"
+            f"{name!r} is not a boundary: it holds {some} and no {METADATA_KEY}. Choose one of Save Boundary's"
         )
     try:
         return _built(json.loads(metadata[METADATA_KEY]), tensors, name)

@@ -1,4 +1,4 @@
-"""Several attributes at once: each moves at right angles to those before it (the paper projects the earlier normals out of the later ones)."""
+"""Several attributes at once: each moves at right angles to those before it, as in the paper."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Direction:
 
 
 def orthogonal_directions(parts: list[Part]) -> list[Direction]:
-    """The direction of each part, in order, all of one space. Raises BoundaryError if one hardly differs from those before."""
+    """The direction of each part, all of one space. Raises BoundaryError if one hardly differs from those before."""
     found: list[Direction] = []
     for number, part in enumerate(parts):
         normal = part.normal.flatten().double()

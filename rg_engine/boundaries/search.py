@@ -39,7 +39,7 @@ def mean_norm(z: Tensor) -> float:
 
 
 def best_of(tried: Sequence[Tried]) -> Tried:
-    """The step with the smallest change elsewhere among those that flip; nearest to the paper's where nothing was measured."""
+    """The step with the smallest change elsewhere among those that flip; without measurements that nearest the paper's."""
     measured = [each for each in tried if each.flip is not None and each.change is not None]
     if not measured:
         return min(tried, key=lambda each: abs(each.step - PAPERS_STEP))

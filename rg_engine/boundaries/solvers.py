@@ -102,7 +102,7 @@ SOLVERS: dict[str, Solver] = {"svm": linear_svm, "mean difference": mean_differe
 
 
 def cross_validated(features: Tensor, labels: Tensor, solver: Solver, folds: int = 5) -> float:
-    """Accuracy on pictures left out, a fold at a time; each class is dealt out evenly. NaN with fewer than two of a class."""
+    """Accuracy on pictures left out, a fold at a time; classes are dealt out evenly. NaN with fewer than two of one."""
     fold = torch.zeros(len(labels), dtype=torch.long)
     for value in (True, False):
         rows = labels == value

@@ -35,7 +35,8 @@ def find_boundary(name: str) -> str:
     if name not in boundary_names():
         listed = ", ".join(boundary_names()[:8]) or "it is empty"
         raise BoundaryError(
-            f"there is no boundary named {name!r} in models/{FOLDER} ({listed}): put the file there, refresh, and choose it by "
+            f"there is no boundary named {name!r} in models/{FOLDER} ({listed}): put the file there, refresh, and choose "
+            f"it by "
             "its name, not by a path"
         )
     path = folder_paths.get_full_path_or_raise(FOLDER, name)

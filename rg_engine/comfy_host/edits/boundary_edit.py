@@ -160,8 +160,8 @@ def _check(model: Any, edits: Sequence[Edit], samples: Tensor, latent: dict[str,
             )
         if boundary.latent_shape != shape and any(part.space != "region" for part in boundary.parts):
             raise BoundaryError(
-                f"the boundary was fitted on latents of {_size(boundary.latent_shape)}, this one is {_size(shape)}: a boundary in "
-                f"{boundary.space} holds for its own size only. Resize the picture, or fit in a region"
+                f"the boundary was fitted on latents of {_size(boundary.latent_shape)}, this one is {_size(shape)}: a "
+                f"boundary in {boundary.space} holds for its own size only. Resize the picture, or fit in a region"
             )
         if each.mask is not None and len(each.mask) not in (1, len(samples)):
             raise BoundaryError(f"there are {len(each.mask)} masks for {len(samples)} pictures: give one, or one each")

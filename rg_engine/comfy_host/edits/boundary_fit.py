@@ -54,9 +54,7 @@ class FitSettings:
 
     def __post_init__(self) -> None:
         if self.space not in SPACES or self.solver not in SOLVERS:
-            raise BoundaryError(
-                f"there is no space {self.space!r} or no solver {self.solver!r}: use {SPACES}, {tuple(SOLVERS)}"
-            )
+            raise BoundaryError(f"space {self.space!r}, solver {self.solver!r}: choose among {SPACES} and {tuple(SOLVERS)}")
         if self.mixing_step:
             check_mixing_step(self.mixing_step)
         if self.steps < 2 or not 0 <= self.share <= 0.5:
@@ -88,10 +86,8 @@ def fit_boundary(model: Any, examples: Examples, settings: FitSettings, prompts:
     kept = held_out(examples.labels, settings.share)
     measured = in_turn(kept, examples.labels, MOST_MEASURED)
     chunks = everything.split(AT_ONCE)
-    calls = len(chunks) * (len(timesteps) - 1) + (len(measured) > 0) * sum(
-        sum(t <= step for t in timesteps) for step in steps_tried
-    )
-    bar = Bar(calls)
+    ways_down = sum(sum(t <= step for t in timesteps) for step in steps_tried) if len(measured) else 0
+    bar = Bar(len(chunks) * (len(timesteps) - 1) + ways_down)
 
     states: dict[int, list[State]] = {step: [] for step in steps_tried}
     for chunk in chunks:
@@ -100,17 +96,9 @@ def fit_boundary(model: Any, examples: Examples, settings: FitSettings, prompts:
             refinements=settings.refinements, callback=bar.step,
         ):  # fmt: skip
             states[state.timestep].append(state)
-    radii = (
-        sampled_radii(
-            model,
-            examples.latents.shape[1:],
-            steps_tried,
-            settings.steps,
-            prompts.of(torch.zeros(NOISES, dtype=torch.long), len(everything)),
-        )
-        if not settings.mixing_step
-        else {}
-    )
+    one_prompt = prompts.of(torch.zeros(NOISES, dtype=torch.long), len(everything))
+    shape = tuple(examples.latents.shape[1:])
+    radii = {} if settings.mixing_step else sampled_radii(model, shape, steps_tried, settings.steps, one_prompt)
     found: list[tuple[Tried, Boundary]] = []
     for step in steps_tried:
         state = _joined(states[step])
@@ -118,7 +106,7 @@ def fit_boundary(model: Any, examples: Examples, settings: FitSettings, prompts:
         accuracy = {space: right for space, (_, right) in fits.items()}
         boundary = Boundary(
             parts=tuple(part for part, _ in fits.values()), mixing_step=step, steps=sum(t <= step for t in timesteps),
-            network=network_of(model), latent_shape=tuple(examples.latents.shape[1:]), solver=settings.solver,
+            network=network_of(model), latent_shape=shape, solver=settings.solver,
             pictures=int((~kept).sum()), accuracy=min(accuracy.values()), prompt=prompt_digest(prompts.positive),
         )  # fmt: skip
         tried = Tried(step=step, accuracy=accuracy, norm=mean_norm(state.z), radius=radii.get(step))

@@ -29,7 +29,7 @@ def measure(
     """Flip rate and change elsewhere of pictures kept back, each moved to the other class.
 
     Whether one has flipped is read by another line than the boundary: that between the means of the finished latents of the
-    pictures that were learned from.
+    pictures that were learned from. Elsewhere is outside of the mask, or without one at right angles to that line's normal.
     """
     sign = torch.where(examples.labels[rows], -1.0, 1.0).double()
     moved, own = _versions(model, boundary, state, examples, rows, torch.stack([sign, 0 * sign]), timesteps, prompts, bar)
@@ -38,9 +38,14 @@ def measure(
     clean = features_of(space, examples.latents, examples.masks)
     referee = mean_difference(clean[~kept], examples.labels[~kept])
     after = referee.decide(features_of(space, moved, masks)) > 0
-    outside = 1.0 if masks is None else 1 - masks
-    change = ((moved - own) * outside).square().mean().sqrt() / own.square().mean().sqrt()
-    return float((after != examples.labels[rows]).double().mean()), float(change)
+    change = moved - own
+    if masks is not None:
+        change = change * (1 - masks)
+    else:
+        axis = (referee.coef / referee.coef.norm()).float()
+        change = change.flatten(1) - (change.flatten(1) @ axis)[:, None] * axis
+    elsewhere = float(change.square().mean().sqrt() / own.square().mean().sqrt())
+    return float((after != examples.labels[rows]).double().mean()), elsewhere
 
 
 def _versions(

@@ -15,7 +15,7 @@ from ...boundaries import Boundary, Examples, parse_labels
 from ...boundaries.plot import boundary_plot
 from ...errors import BoundaryError
 from ...guidance.targets import fit
-from .boundary_fit import Fitted, FitSettings, fit_boundary
+from .boundary_fit import FitSettings, Fitted, fit_boundary
 from .boundary_measure import STRIP_STRENGTHS
 from .passes import Prompts
 
@@ -55,7 +55,9 @@ def gather_examples(
     masks = [_masks(m, len(b), latents) for m, b in zip((mask, mask_lacking), batches, strict=False) if m is not None]
     if len(masks) == 1 and len(batches) == 2:
         if len(mask if mask is not None else mask_lacking) != 1:  # type: ignore[arg-type]
-            raise BoundaryError("only one of the batches has masks: connect mask and mask_lacking, or one mask for all pictures")
+            raise BoundaryError(
+                "only one of the batches has masks: connect mask and mask_lacking, or one mask for all pictures"
+            )
         masks = [masks[0][:1].expand(len(latents), *masks[0].shape[1:])]
     return Examples(latents=latents, labels=told, masks=torch.cat(masks) if masks else None)
 
@@ -64,10 +66,12 @@ def report_of(fitted: Fitted, settings: FitSettings) -> str:
     boundary, size = fitted.boundary, math.prod(fitted.boundary.latent_shape)
     kind = "of pictures kept back" if settings.share else "of fits that leave a fifth out"
     words = [
-        f"A boundary in {boundary.space} at timestep {boundary.mixing_step} of 999, by {boundary.solver}, of {boundary.pictures} "
+        f"A boundary in {boundary.space} at timestep {boundary.mixing_step} of 999, by {boundary.solver}, of "
+        f"{boundary.pictures} "
         f"pictures; on {boundary.network}.",
         *(f"{part.space}: the classes are {part.gap:.4g} apart along the normal." for part in boundary.parts),
-        f"Accuracy {kind}; flips and change of pictures moved to the other class, flips as a line between the classes' finished "
+        f"Accuracy {kind}; flips and change of pictures moved to the other class, flips as a line between the classes' "
+        f"finished "
         f"latents tells; norms (of noise: {math.sqrt(size):.1f}):",
     ]
     for tried in fitted.tried:
@@ -81,7 +85,8 @@ def report_of(fitted: Fitted, settings: FitSettings) -> str:
         words.append("No pictures were kept back, so flips were not measured: look at the strip.")
     elif best.flip < 0.5:
         words.append(
-            "Few pictures flip at strength 1. Look at the strip; fit in a region (with a mask) what does not stand in one place, "
+            "Few pictures flip at strength 1. Look at the strip; fit in a region (with a mask) what does not stand in "
+            "one place, "
             "in z what moves nothing in h, or move further."
         )
     return "\n".join(words)
@@ -124,5 +129,7 @@ def _preview(model: Any, latents: Tensor) -> Tensor:
     shape = model.model.latent_format
     factors = getattr(shape, "latent_rgb_factors", None) or [[1 / latents.shape[1]] * 3] * latents.shape[1]
     bias = getattr(shape, "latent_rgb_factors_bias", None) or [0.0] * 3
-    small = torch.einsum("bchw,cd->bdhw", shape.process_in(latents), torch.tensor(factors)) + torch.tensor(bias).view(1, 3, 1, 1)
+    small = torch.einsum("bchw,cd->bdhw", shape.process_in(latents), torch.tensor(factors)) + torch.tensor(bias).view(
+        1, 3, 1, 1
+    )
     return F.interpolate(((small + 1) / 2).clamp(0, 1), scale_factor=CELL_PX).movedim(1, -1)

@@ -37,7 +37,7 @@ class Crossing:
 
 
 def directions_of(boundaries: Sequence[Boundary]) -> list[tuple[Direction, ...]]:
-    """Of each boundary's parts, at right angles to the boundaries before it. Raises BoundaryError where hardly any is left."""
+    """Of each boundary's parts, at right angles to those before it. Raises BoundaryError where hardly anything is left."""
     found: list[list[Direction]] = [[] for _ in boundaries]
     for space in dict.fromkeys(part.space for boundary in boundaries for part in boundary.parts):
         owners = [(k, part) for k, boundary in enumerate(boundaries) for part in boundary.parts if part.space == space]
@@ -50,7 +50,7 @@ def go_down_across(
     model: Any, state: State, timesteps: Sequence[int], crossings: Sequence[Crossing], prompts: Prompts, *, eta: float = 0.0,
     noise: SharedNoise | None = None, stale: bool = False, callback: Callback | None = None,
 ) -> Tensor:  # fmt: skip
-    """Finished latents (B, C, h, w) of a state, sampled along falling timesteps to 0 and moved at each boundary's mixing step.
+    """Finished latents (B, C, h, w) of a state, sampled along falling timesteps to 0, moved at each boundary's mixing step.
 
     stale: h is handed on as the paper's code does (see :mod:`.hidden`).
     """

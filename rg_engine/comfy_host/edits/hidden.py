@@ -1,7 +1,7 @@
 """The network's innermost features, h: read in each call, and put in the place of its own.
 
-The paper's code gives the decoder a moved h in the first call only, but then hands on what each call returns, the block's own
-output before it was replaced: from the second call on the decoder gets the h of the call before. ``stale`` does so too.
+The paper's code gives the decoder a moved h in the first call only, but then hands on what each call returns, the block's
+own output before it was replaced: from the second call on the decoder gets the h of the call before. ``stale`` does so too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def hidden_path(network: Any, backbone: Backbone) -> str:
 
 
 class Hidden:
-    """A wrapper for one model call after another (WrappersMP.APPLY_MODEL). ``seen``: the conditional h of the last, (B, ...).
+    """A wrapper for one model call after another (WrappersMP.APPLY_MODEL). ``seen``: the last one's conditional h, (B, ...).
 
     Until something is put, h is only read.
     """
@@ -54,8 +54,8 @@ class Hidden:
             handle.remove()
         if self._silent:
             raise BoundaryError(
-                f"the model ran without its {self._path}: another node or torch.compile replaced its forward pass. Bypass that "
-                "node, or fit in z"
+                f"the model ran without its {self._path}: another node or torch.compile replaced its forward pass. Bypass "
+                "that node, or fit in z"
             )
         self.seen = self._heard.get(CONDITIONAL, self.seen)
         return out

@@ -18,7 +18,7 @@ def timesteps_up_to(timestep: int, steps: int) -> list[int]:
 
 
 def sigmas_at(model_sampling: Any, timesteps: Sequence[int]) -> Tensor:
-    """Noise levels of timesteps: of flow models, of as many parts of 999 of their diffusion time. At 0 the least there is."""
+    """Noise levels of timesteps (of flow models, of 999ths of their diffusion time); at 0 the least there is."""
     least, most = float(model_sampling.sigma_min), float(model_sampling.sigma_max)
     sigmas = [float(model_sampling.percent_to_sigma(1.0 - t / LAST_TIMESTEP)) for t in timesteps]
     return torch.tensor([min(max(sigma, least), most) for sigma in sigmas])

@@ -1,4 +1,4 @@
-"""The two ways between a picture and its mixing step: up by DDIM inversion, down by sampling, both inside ComfyUI's sampling.
+"""The two ways between a picture and its mixing step: up by DDIM inversion, down by sampling, inside ComfyUI's sampling.
 
 Up, the paper's code takes eps at the lower level and the picture as it is for z at timestep 0. Steps are Euler's in x, which
 are DDIM's in z: x = z sqrt(1 + sigma^2) for models on the VP schedule, x = z for flow models.
@@ -77,7 +77,7 @@ def go_down(
     model: Any, state: State, timesteps: Sequence[int], prompts: Prompts, *, eta: float = 0.0, noise: SharedNoise | None =
     None, hidden: Hidden | None = None, callback: Callback | None = None,
 ) -> tuple[Tensor, State]:  # fmt: skip
-    """Sample from a state along falling timesteps (the state's is the first), and on to the finished picture if they end at 0.
+    """Sample from a state along falling timesteps (its own is the first), and on to the finished picture if they end at 0.
 
     eta: 0 is DDIM, 1 adds as much noise as DDPM does, from ``noise``. Returns the latent as a sampler gives it, and the
     state that it ended in.
