@@ -132,7 +132,9 @@ class BoundaryEdit(io.ComfyNode):
                     "every picture, 1 and -1 are the two kinds' means. distance: as the paper's code, in the latent's "
                     "own units.",
                 ),
-                io.Float.Input("cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Both ways. 1 loses least."),
+                io.Float.Input(
+                    "cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Both ways. 1 loses least."
+                ),
                 io.Float.Input(
                     "eta", default=0.0, min=0.0, max=1.0, step=0.05,
                     tooltip="Noise on the way down. 0 keeps the picture's details, 1 is the paper's code and makes new "

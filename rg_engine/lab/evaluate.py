@@ -26,6 +26,7 @@ from ..guidance import GuidanceSettings
 from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
+from .boundaries.table import boundaries_table
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
 from .demo_world import World, demo_head, load_world
 from .evaluate_edits import drags_table, identity_table
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "kept_features": kept_features_table,
     "drags": drags_table,
     "identity": identity_table,
+    "boundaries": boundaries_table,
 }
 
 

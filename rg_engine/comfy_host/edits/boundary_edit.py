@@ -165,7 +165,7 @@ def _check(model: Any, edits: Sequence[Edit], samples: Tensor, latent: dict[str,
             )
         if each.mask is not None and len(each.mask) not in (1, len(samples)):
             raise BoundaryError(f"there are {len(each.mask)} masks for {len(samples)} pictures: give one, or one each")
-        if each.mask is not None and not bool((fit(each.mask[:, None].float(), shape[-2:]).flatten(1).sum(1) > 0).all()):
+        if each.mask is not None and not bool((fit(each.mask[:, None].float(), (shape[-2], shape[-1])).flatten(1).sum(1) > 0).all()):
             raise BoundaryError("a mask is empty: paint what the boundary is about")
 
 

@@ -103,7 +103,7 @@ def fit_boundary(model: Any, examples: Examples, settings: FitSettings, prompts:
     for step in steps_tried:
         state = _joined(states[step])
         fits = {space: _fit(space, state, examples, kept, solver) for space in spaces}
-        accuracy = {space: right for space, (_, right) in fits.items()}
+        accuracy: dict[str, float] = {space: right for space, (_, right) in fits.items()}
         boundary = Boundary(
             parts=tuple(part for part, _ in fits.values()), mixing_step=step, steps=sum(t <= step for t in timesteps),
             network=network_of(model), latent_shape=shape, solver=settings.solver,
