@@ -11,6 +11,7 @@ from ..errors import BoundaryError
 from .boundary import Part
 
 LEAST_LEFT = 0.2
+SAME = 1 - 1e-6
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -27,8 +28,12 @@ def orthogonal_directions(parts: list[Part]) -> list[Direction]:
     found: list[Direction] = []
     for number, part in enumerate(parts):
         normal = part.normal.flatten().double()
+        same = next((k for k in range(number) if abs(_cosine(part, parts[k])) > SAME), None)
         if not number:
             found.append(Direction(part.normal, 1.0))
+            continue
+        if same is not None:  # the very boundary again, or its opposite: the moves add up
+            found.append(Direction(found[same].per_unit * _cosine(part, parts[same]), found[same].kept))
             continue
         earlier, _ = torch.linalg.qr(torch.stack([p.normal.flatten().double() for p in parts[:number]], 1))
         rest = normal - earlier @ (earlier.T @ normal)
@@ -41,3 +46,8 @@ def orthogonal_directions(parts: list[Part]) -> list[Direction]:
         per_unit = rest * (normal.norm() ** 2 / rest.norm() ** 2)
         found.append(Direction(per_unit.view(part.normal.shape).to(part.normal.dtype), kept))
     return found
+
+
+def _cosine(one: Part, other: Part) -> float:
+    a, b = one.normal.flatten().double(), other.normal.flatten().double()
+    return float(a @ b / (a.norm() * b.norm()))

@@ -19,8 +19,10 @@ from ...errors import BackboneError, BoundaryError
 from ...guidance.targets import fit
 from ..loaded.kept import Fingerprint, Kept
 from ..loaded.model import backbone_of
+from ..loaded.random_state import random_state_kept
 from .crossing import Crossing, directions_of, go_down_across, path_of
 from .hidden import Hidden
+from .inversion import INVERTED, inversion_of
 from .levels import sigmas_at, timesteps_up_to
 from .passes import Prompts, SharedNoise, State, go_down, go_up
 
@@ -92,44 +94,44 @@ def edit_pictures(
     with other guidance. Raises BoundaryError.
     """
     edits = edit.chain()
+    chain = [each.boundary for each in edits]
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     _check(model, edits, samples, latent)
-    chain = [each.boundary for each in edits]
+    directions = directions_of(chain)
+    path = path_of(model) if any(part.space == "h" for boundary in chain for part in boundary.parts) else None
+
     top = max(boundary.mixing_step for boundary in chain)
     steps = settings.steps or max(boundary.steps for boundary in chain)
     timesteps = sorted({*timesteps_up_to(top, steps), *(boundary.mixing_step for boundary in chain)})
-    strengths = settings.strengths or (edit.strength,)
     drawn = not bool(torch.count_nonzero(samples))
     noise_levels = settings.noise_steps or round(steps * LAST_TIMESTEP / top)
     above = [t for t in timesteps_up_to(LAST_TIMESTEP, noise_levels) if t > top] if drawn else timesteps[:-1]
-    preview = latent_preview.prepare_callback(model, len(above) + len(timesteps))
-
-    path = path_of(model) if any(part.space == "h" for boundary in chain for part in boundary.parts) else None
-    if drawn:
-        state, came = _from_noise(guided or model, samples, latent, above, top, settings.seed, prompts, path, preview)
-    else:
-        state, came = _inverted(model, samples, timesteps, settings.refinements, prompts, path, preview)
+    total = len(above) + len(timesteps)
+    preview = latent_preview.prepare_callback(model, total)
+    strengths = settings.strengths or (edit.strength,)
     versions, pictures = len(strengths), len(samples)
-    crossings = [
-        Crossing(
-            boundary=each.boundary,
-            strength=_by_version(strengths if each is edit else (each.strength,) * versions, pictures),
-            move=each.move,
-            mask=_cells(each.mask, samples, versions),
-            directions=directions,
-        )
-        for each, directions in zip(edits, directions_of(chain), strict=True)
-    ]
-    start = State(timestep=top, z=_repeat(state.z, versions), h=None if state.h is None else _repeat(state.h, versions))
-    out = go_down_across(
-        guided or model, start, timesteps[::-1], crossings, prompts, eta=settings.eta, stale=settings.stale,
-        noise=SharedNoise(settings.seed, samples.shape, versions) if settings.eta > 0 else None,
-        callback=lambda step, denoised, x, _total: preview(
-            len(above) + step, denoised, x, len(above) + len(timesteps)
-        ),
-    )  # fmt: skip
+
+    with random_state_kept(comfy.model_management.get_torch_device()):
+        if drawn:
+            state, came = _from_noise(guided or model, samples, latent, above, top, settings.seed, prompts, path, preview)
+        else:
+            state, came = _inverted(model, samples, timesteps, settings.refinements, prompts, path, preview)
+        crossings = [
+            Crossing(
+                boundary=each.boundary, move=each.move, mask=_cells(each.mask, samples, versions), directions=directions[k],
+                strength=_by_version(strengths if each is edit else (each.strength,) * versions, pictures),
+            )
+            for k, each in enumerate(edits)
+        ]  # fmt: skip
+        h = None if state.h is None else _repeat(state.h, versions)
+        start = State(timestep=top, z=_repeat(state.z, versions), h=h)
+        out = go_down_across(
+            guided or model, start, timesteps[::-1], crossings, prompts, eta=settings.eta, stale=settings.stale,
+            noise=SharedNoise(settings.seed, samples.shape, versions) if settings.eta > 0 else None,
+            callback=lambda step, denoised, x, _: preview(len(above) + step, denoised, x, total),
+        )  # fmt: skip
     words = [came, f"Down in {len(timesteps)} calls, eta {settings.eta:g}.", *_told(crossings, start, prompts)]
-    kept = {key: value for key, value in latent.items() if key not in ("batch_index", "samples")}
+    kept = {key: value for key, value in latent.items() if key not in ("batch_index", "samples", INVERTED)}
     return {**kept, "samples": out.to(comfy.model_management.intermediate_device())}, "\n".join(words)
 
 
@@ -149,6 +151,8 @@ def _check(model: Any, edits: Sequence[Edit], samples: Tensor, latent: dict[str,
     network, shape = network_of(model), tuple(samples.shape[1:])
     if "noise_mask" in latent:
         raise BoundaryError("the latent has a noise mask, which an inverted picture can't keep: remove it, and connect mask")
+    if inversion_of(latent) is not None:
+        raise BoundaryError("the latent is inverted already (Invert Latent), up to noise: connect the picture's own latent")
     if not bool(torch.isfinite(samples).all()):
         raise BoundaryError("the latent has values that are not numbers (NaN): look at where it comes from")
     for each in edits:
@@ -165,7 +169,9 @@ def _check(model: Any, edits: Sequence[Edit], samples: Tensor, latent: dict[str,
             )
         if each.mask is not None and len(each.mask) not in (1, len(samples)):
             raise BoundaryError(f"there are {len(each.mask)} masks for {len(samples)} pictures: give one, or one each")
-        if each.mask is not None and not bool((fit(each.mask[:, None].float(), (shape[-2], shape[-1])).flatten(1).sum(1) > 0).all()):
+        if each.mask is not None and not bool(
+            (fit(each.mask[:, None].float(), (shape[-2], shape[-1])).flatten(1).sum(1) > 0).all()
+        ):
             raise BoundaryError("a mask is empty: paint what the boundary is about")
 
 

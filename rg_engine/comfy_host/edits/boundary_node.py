@@ -15,6 +15,7 @@ from ...boundaries import Boundary, Examples, parse_labels
 from ...boundaries.plot import boundary_plot
 from ...errors import BoundaryError
 from ...guidance.targets import fit
+from ..loaded.random_state import random_state_kept
 from .boundary_fit import FitSettings, Fitted, fit_boundary
 from .boundary_measure import STRIP_STRENGTHS
 from .passes import Prompts
@@ -30,7 +31,8 @@ def fit_in_graph(
     """The boundary of two batches (pictures, or latents), or of one and its labels; a report, its plot, and a strip of
     pictures kept back, a row each, moved further and further."""
     examples = gather_examples(model, having, lacking, labels, vae, mask, mask_lacking)
-    fitted = fit_boundary(model, examples, settings, Prompts(positive=positive))
+    with random_state_kept(comfy.model_management.get_torch_device()):
+        fitted = fit_boundary(model, examples, settings, Prompts(positive=positive))
     words = report_of(fitted, settings)
     return fitted.boundary, words, boundary_plot(fitted.tried, fitted.boundary.mixing_step), _strip(model, vae, fitted)
 
