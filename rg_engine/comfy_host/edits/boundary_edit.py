@@ -24,7 +24,7 @@ from .crossing import Crossing, directions_of, go_down_across, path_of
 from .hidden import Hidden
 from .inversion import INVERTED, inversion_of
 from .levels import sigmas_at, timesteps_up_to
-from .passes import Prompts, SharedNoise, State, go_down, go_up
+from .passes import Prompts, SharedNoise, State, go_down, go_up, is_guided, unguided
 
 #: The inversions of this session, by all that they follow from.
 INVERSIONS: Kept[State] = Kept(4)
@@ -125,14 +125,20 @@ def edit_pictures(
         ]  # fmt: skip
         h = None if state.h is None else _repeat(state.h, versions)
         start = State(timestep=top, z=_repeat(state.z, versions), h=h)
-        out = go_down_across(
+        out, moved = go_down_across(
             guided or model, start, timesteps[::-1], crossings, prompts, eta=settings.eta, stale=settings.stale,
             noise=SharedNoise(settings.seed, samples.shape, versions) if settings.eta > 0 else None,
             callback=lambda step, denoised, x, _: preview(len(above) + step, denoised, x, total),
         )  # fmt: skip
+    out = out.to(comfy.model_management.intermediate_device())
+    plain = path is None and settings.eta == 0 and guided is None and not is_guided(model)
+    if plain and all(boundary.mixing_step == top for boundary in chain):
+        INVERSIONS.keep(
+            _fingerprint(model, out, timesteps, settings.refinements, prompts, path), moved
+        )  # it is known exactly
     words = [came, f"Down in {len(timesteps)} calls, eta {settings.eta:g}.", *_told(crossings, start, prompts)]
     kept = {key: value for key, value in latent.items() if key not in ("batch_index", "samples", INVERTED)}
-    return {**kept, "samples": out.to(comfy.model_management.intermediate_device())}, "\n".join(words)
+    return {**kept, "samples": out}, "\n".join(words)
 
 
 def network_of(model: Any) -> str:
@@ -200,7 +206,9 @@ def _fingerprint(
     patched = (model.model, str(model.patches_uuid), model.object_patches, model.injections, model.model_options)
     sigmas = sigmas_at(model.get_model_object("model_sampling"), timesteps)
     asked = (prompts.positive, prompts.negative, prompts.cfg)
-    return Fingerprint(patched, model.wrappers, model.callbacks, samples, timesteps, sigmas, refinements, asked, path)
+    return Fingerprint(
+        patched, unguided(model).wrappers, model.callbacks, samples, timesteps, sigmas, refinements, asked, path
+    )
 
 
 def _from_noise(

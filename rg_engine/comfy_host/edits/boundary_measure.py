@@ -62,7 +62,7 @@ def _versions(
         mask=None if masks is None else masks.repeat(versions, 1, 1, 1), directions=directions_of([boundary])[0],
     )  # fmt: skip
     falling = [t for t in timesteps if t <= boundary.mixing_step][::-1]
-    out = go_down_across(
+    out, _ = go_down_across(
         model, start, falling, [crossing], prompts.of(rows, len(examples.latents)), stale=True,
         callback=None if bar is None else bar.step,
     )  # fmt: skip

@@ -49,8 +49,9 @@ def directions_of(boundaries: Sequence[Boundary]) -> list[tuple[Direction, ...]]
 def go_down_across(
     model: Any, state: State, timesteps: Sequence[int], crossings: Sequence[Crossing], prompts: Prompts, *, eta: float = 0.0,
     noise: SharedNoise | None = None, stale: bool = False, callback: Callback | None = None,
-) -> Tensor:  # fmt: skip
-    """Finished latents (B, C, h, w) of a state, sampled along falling timesteps to 0, moved at each boundary's mixing step.
+) -> tuple[Tensor, State]:  # fmt: skip
+    """Finished latents (B, C, h, w) of a state, sampled along falling timesteps to 0, moved at each boundary's mixing step;
+    and the state just after the first moves.
 
     stale: h is handed on as the paper's code does (see :mod:`.hidden`).
     """
@@ -58,15 +59,16 @@ def go_down_across(
     read = any(part.space == "h" and bool(each.moves.any()) for each in crossings for part in each.boundary.parts)
     hidden = Hidden(path_of(model), stale=stale) if read else None
     done, total = 0, len(timesteps)
-    samples = state.z
+    samples, first = state.z, None
     for high, low in itertools.pairwise(stops):
         state = _moved(state, [each for each in crossings if each.boundary.mixing_step == high], hidden)
+        first = first or state
         part = [t for t in timesteps if low <= t <= high]
         samples, state = go_down(
             model, state, part, prompts, eta=eta, noise=noise, hidden=hidden, callback=_offset(callback, done, total)
         )
         done += len(part) - 1
-    return samples
+    return samples, first or state
 
 
 def path_of(model: Any) -> str:

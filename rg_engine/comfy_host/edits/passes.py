@@ -65,7 +65,7 @@ def go_up(
     path: where h is read. refinements: further calls a step, each of which brings the way down closer to exact.
     """
     hidden = None if path is None else Hidden(path)
-    guider = _guider(_unguided(model), prompts, hidden)
+    guider = _guider(unguided(model), prompts, hidden)
     sampling = model.get_model_object("model_sampling")
     sigmas = sigmas_at(sampling, timesteps)
     climb = _Climb(timesteps, set(keep), refinements, hidden, sampling)
@@ -180,10 +180,16 @@ def _guider(model: Any, prompts: Prompts, hidden: Hidden | None) -> comfy.sample
     return guider
 
 
-def _unguided(model: Any) -> Any:
+def is_guided(model: Any) -> bool:
+    return any(wrappers.get(GUIDANCE) for wrappers in model.wrappers.values())
+
+
+def unguided(model: Any) -> Any:
+    """A clone without readout guidance: pictures are inverted as they are."""
     clone = model.clone()
     for kind in list(clone.wrappers):
         clone.remove_wrappers_with_key(kind, GUIDANCE)
+    clone.wrappers = {kind: wrappers for kind, wrappers in clone.wrappers.items() if wrappers}
     return clone
 
 

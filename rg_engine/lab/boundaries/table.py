@@ -142,7 +142,7 @@ def _down(
         directions=directions_of([boundary])[0],
     )  # fmt: skip
     falling = [t for t in ready.timesteps if t <= state.timestep][::-1]
-    return go_down_across(world.model, state, falling, [crossing], empty(world), stale=True)
+    return go_down_across(world.model, state, falling, [crossing], empty(world), stale=True)[0]
 
 
 def _scores(world: World, pairs: list[Pair], edited: Tensor, untouched: Tensor) -> dict[str, float]:
