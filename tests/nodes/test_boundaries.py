@@ -21,7 +21,9 @@ def kit(comfyui, monkeypatch):
         MADE["kit"] = _kit()
     kit = MADE["kit"]
     kit.edit_module = engine("comfy_host.edits.boundary_edit")
-    monkeypatch.setattr(kit.edit_module, "INVERSIONS", engine("comfy_host.loaded.kept").Kept(4))
+    monkeypatch.setattr(
+        kit.edit_module, "INVERSIONS", engine("comfy_host.loaded.kept").Kept(kit.edit_module.MOST_INVERSIONS)
+    )
     kit.calls.clear()
     return kit
 
@@ -385,7 +387,7 @@ def test_a_guided_or_noisy_edit_is_inverted_anew(kit):
     """What it came from is not what a plain way down would lead back to."""
     head = engine("heads").load_head(engine("demo").DEMO_HEADS / "demo_depth.safetensors")
     target = engine("guidance").Target(head=head, image=torch.rand(1, 128, 128, 3), start_percent=0.0, end_percent=1.0)
-    settings = {"strength": 1.0, "mode": "fast", "iterations": 1, "source_cfg": -1.0}
+    settings = {"strength": 2.0, "mode": "fast", "iterations": 1, "source_cfg": -1.0}
     model = node("RG_ApplyReadoutGuidance", model=kit.model, target=target, **settings)
     for how in ({"eta": 1.0}, {"target": target}, {"model": model}):
         made, _, _ = kit.edit(kit.dark, **how)

@@ -26,8 +26,9 @@ from .inversion import INVERTED, inversion_of
 from .levels import sigmas_at, timesteps_up_to
 from .passes import Prompts, SharedNoise, State, go_down, go_up, is_guided, unguided
 
-#: The inversions of this session, by all that they follow from.
-INVERSIONS: Kept[State] = Kept(4)
+MOST_INVERSIONS = 12
+#: The inversions of this session, by all that they follow from, and where edited pictures came from.
+INVERSIONS: Kept[State] = Kept(MOST_INVERSIONS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
