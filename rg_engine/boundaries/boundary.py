@@ -10,6 +10,7 @@ A boundary of the space "both" has two parts, z and h, as the paper's.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal, get_args
 
 import torch
@@ -37,6 +38,11 @@ class Part:
     def __post_init__(self) -> None:
         if not bool(torch.isfinite(self.normal).all()) or not bool(torch.count_nonzero(self.normal)):
             raise BoundaryError(f"the boundary in {self.space} has a normal that is not finite, or zero: fit it again")
+        if not 0 < self.gap < math.inf or not math.isfinite(self.middle):
+            raise BoundaryError(
+                f"the two kinds lie {self.gap:.3g} apart along the boundary's normal in {self.space}, where one should be ahead "
+                "of the other: give more pictures, or another space or solver"
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -32,10 +33,10 @@ def boundary_plot(tried: Sequence[Tried], chosen: int) -> Tensor:
         ("change elsewhere (red)", CHANGE, [(each.step, each.change) for each in tried if each.change is not None])
     )
     for name, colour, points in curves:
-        places = [(step / LAST_TIMESTEP, min(value, 1.0)) for step, value in points]
+        places = [(step / LAST_TIMESTEP, min(value, 1.0)) for step, value in points if math.isfinite(value)]
         chart.line(places, colour, 3)
         for place in places:
             chart.dot(place, colour)
-        words += [name] if points else []
+        words += [name] if places else []
     chart.words("    ".join(words), "timestep")
     return chart.picture()

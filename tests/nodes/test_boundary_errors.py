@@ -100,6 +100,14 @@ def test_settings_of_a_fit(kit, refused):
     refused("the prompt has 3 rows for 8 pictures", lambda: kit.fit(positive=three))
 
 
+def test_one_picture_of_each_kind_is_enough_to_go_on(kit):
+    one, other = ({"samples": each["samples"][:1]} for each in (kit.having, kit.lacking))
+    boundary, report, plot, _ = kit.fit(having=one, lacking=other, held_out=0.2)
+    assert "No pictures were kept back" in report
+    assert torch.isfinite(plot).all()
+    assert torch.isfinite(kit.edit(boundary=boundary)).all()
+
+
 def test_a_boundary_of_another_model_or_size(kit, refused):
     other = sdxl_model()
     refused("was fitted on .*9 maps.*this model is", lambda: kit.edit(model=other))
@@ -122,6 +130,10 @@ def test_settings_of_an_edit(kit, refused):
     refused("there is no move 'away'", lambda: kit.edit(move="away"))
     refused("there are 2 masks for 1", lambda: kit.edit(mask=torch.ones(2, 8, 8)))
     refused("a mask is empty", lambda: kit.edit(mask=torch.zeros(1, 8, 8)))
+    refused("give a mask of", lambda: kit.edit(mask=torch.ones(8, 8)))
+    refused("give a mask of", lambda: kit.edit(mask=torch.full((1, 8, 8), float("nan"))))
+    refused("not videos", lambda: kit.edit({"samples": torch.randn(1, 4, 3, 8, 8)}))
+    refused("the prompt has 3 rows for 1", lambda: kit.edit(positive=[[torch.zeros(3, 8, 32), {}]]))
     region = dataclasses.replace(kit.boundary.parts[0], space="region", normal=torch.ones(4) / 2)
     refused("connect a mask of it", lambda: kit.edit(boundary=dataclasses.replace(kit.boundary, parts=(region,))))
     inverted, _ = engine("comfy_host.edits.inversion").invert_latent(kit.model, kit.picture, steps=2, scheduler="normal")

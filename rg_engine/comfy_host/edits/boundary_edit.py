@@ -46,8 +46,8 @@ class Edit:
             raise BoundaryError(f"the strength is {self.strength}: give a number, 0 to leave the picture as it is")
         if self.move not in MOVES:
             raise BoundaryError(f"there is no move {self.move!r}: choose among {', '.join(MOVES)}")
-        if self.mask is not None and not bool(torch.isfinite(self.mask).all()):
-            raise BoundaryError("the mask has values that are not numbers (NaN)")
+        if self.mask is not None:
+            check_mask(self.mask)
         for part in self.boundary.parts:
             if part.space == "region" and self.mask is None:
                 raise BoundaryError("the boundary was fitted in a region: connect a mask of it in this picture")
@@ -78,6 +78,12 @@ class EditSettings:
             raise BoundaryError(f"strengths {self.strengths} must be numbers, and eta {self.eta:g} must lie between 0 and 1")
 
 
+def check_mask(mask: Tensor) -> None:
+    """Raises BoundaryError unless it is (B, H, W), of numbers."""
+    if mask.ndim != 3 or not bool(torch.isfinite(mask).all()):
+        raise BoundaryError(f"the mask is {tuple(mask.shape)}, or has values that are no numbers: give a mask of (B, H, W)")
+
+
 def parse_strengths(text: str) -> tuple[float, ...]:
     """Strengths of a text like "-2, -1, 0, 1, 2". Raises BoundaryError for anything else."""
     try:
@@ -99,13 +105,14 @@ def edit_pictures(
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     _check(model, edits, samples, latent)
     directions = directions_of(chain)
+    prompts.of(torch.arange(len(samples)), len(samples))
     path = path_of(model) if any(part.space == "h" for boundary in chain for part in boundary.parts) else None
 
     top = max(boundary.mixing_step for boundary in chain)
     steps = settings.steps or max(boundary.steps for boundary in chain)
     timesteps = sorted({*timesteps_up_to(top, steps), *(boundary.mixing_step for boundary in chain)})
     drawn = not bool(torch.count_nonzero(samples))
-    noise_levels = settings.noise_steps or round(steps * LAST_TIMESTEP / top)
+    noise_levels = settings.noise_steps or min(round(steps * LAST_TIMESTEP / top), LAST_TIMESTEP)
     above = [t for t in timesteps_up_to(LAST_TIMESTEP, noise_levels) if t > top] if drawn else timesteps[:-1]
     total = len(above) + len(timesteps)
     preview = latent_preview.prepare_callback(model, total)
@@ -156,6 +163,8 @@ def prompt_digest(positive: Any) -> str:
 
 def _check(model: Any, edits: Sequence[Edit], samples: Tensor, latent: dict[str, Any]) -> None:
     network, shape = network_of(model), tuple(samples.shape[1:])
+    if samples.ndim != 4:
+        raise BoundaryError(f"the latent is {tuple(samples.shape)}: pictures are edited, (B, C, h, w), not videos")
     if "noise_mask" in latent:
         raise BoundaryError("the latent has a noise mask, which an inverted picture can't keep: remove it, and connect mask")
     if inversion_of(latent) is not None:

@@ -34,7 +34,7 @@ from .boundary_edit import network_of, prompt_digest
 from .boundary_measure import NOISES, Bar, measure, sampled_radii, strip_of
 from .crossing import path_of
 from .levels import timesteps_up_to
-from .passes import Prompts, State, go_up
+from .passes import Prompts, State, go_up, unguided
 
 AT_ONCE = 16
 MOST_MEASURED = 12
@@ -74,7 +74,9 @@ class Fitted:
 
 
 def fit_boundary(model: Any, examples: Examples, settings: FitSettings, prompts: Prompts) -> Fitted:
-    """Fit a boundary of ``examples`` in the model's space. Raises BoundaryError before anything is computed."""
+    """Fit a boundary of ``examples`` to the model as it is without readout guidance. Raises BoundaryError before anything is
+    computed."""
+    model = unguided(model)
     spaces, solver = PARTS[settings.space], SOLVERS[settings.solver]
     path = path_of(model) if "h" in spaces else None
     if settings.space == "region" and examples.masks is None:

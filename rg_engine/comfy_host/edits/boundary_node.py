@@ -16,6 +16,7 @@ from ...boundaries.plot import boundary_plot
 from ...errors import BoundaryError
 from ...guidance.targets import fit
 from ..loaded.random_state import random_state_kept
+from .boundary_edit import check_mask
 from .boundary_fit import FitSettings, Fitted, fit_boundary
 from .boundary_measure import STRIP_STRENGTHS
 from .passes import Prompts
@@ -33,7 +34,7 @@ def fit_in_graph(
     examples = gather_examples(model, having, lacking, labels, vae, mask, mask_lacking)
     with random_state_kept(comfy.model_management.get_torch_device()):
         fitted = fit_boundary(model, examples, settings, Prompts(positive=positive))
-    words = report_of(fitted, settings)
+    words = report_of(fitted)
     return fitted.boundary, words, boundary_plot(fitted.tried, fitted.boundary.mixing_step), _strip(model, vae, fitted)
 
 
@@ -64,9 +65,10 @@ def gather_examples(
     return Examples(latents=latents, labels=told, masks=torch.cat(masks) if masks else None)
 
 
-def report_of(fitted: Fitted, settings: FitSettings) -> str:
+def report_of(fitted: Fitted) -> str:
     boundary, size = fitted.boundary, math.prod(fitted.boundary.latent_shape)
-    kind = "of pictures kept back" if settings.share else "of fits that leave a fifth out"
+    best = next(tried for tried in fitted.tried if tried.step == boundary.mixing_step)
+    kind = "of fits that leave a fifth out" if best.flip is None else "of pictures kept back"
     words = [
         f"A boundary in {boundary.space} at timestep {boundary.mixing_step} of 999, by {boundary.solver}, of "
         f"{boundary.pictures} "
@@ -82,7 +84,6 @@ def report_of(fitted: Fitted, settings: FitSettings) -> str:
         radius = "" if tried.radius is None else f", sampled {tried.radius:.1f}"
         chosen = " <- this one" if tried.step == boundary.mixing_step and len(fitted.tried) > 1 else ""
         words.append(f"  {tried.step}: accuracy {accuracy}{flips}, norm {tried.norm:.1f}{radius}{chosen}")
-    best = next(tried for tried in fitted.tried if tried.step == boundary.mixing_step)
     if best.flip is None:
         words.append("No pictures were kept back, so flips were not measured: look at the strip.")
     elif best.flip < 0.5:
@@ -113,8 +114,7 @@ def _latents(model: Any, given: Any, vae: Any) -> Tensor:
 def _masks(mask: Tensor, pictures: int, latents: Tensor) -> Tensor:
     if len(mask) not in (1, pictures):
         raise BoundaryError(f"there are {len(mask)} masks for {pictures} pictures: give one for all of them, or one each")
-    if not bool(torch.isfinite(mask).all()):
-        raise BoundaryError("the mask has values that are not numbers (NaN)")
+    check_mask(mask)
     cells = fit(mask[:, None].float().clamp(0, 1).cpu(), (latents.shape[-2], latents.shape[-1]))
     return cells.expand(pictures, *cells.shape[1:])
 
