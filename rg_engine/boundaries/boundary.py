@@ -40,8 +40,8 @@ class Part:
             raise BoundaryError(f"the boundary in {self.space} has a normal that is not finite, or zero: fit it again")
         if not 0 < self.gap < math.inf or not math.isfinite(self.middle):
             raise BoundaryError(
-                f"the two kinds lie {self.gap:.3g} apart along the boundary's normal in {self.space}, where one should be ahead "
-                "of the other: give more pictures, or another space or solver"
+                f"the two kinds lie {self.gap:.3g} apart along the boundary's normal in {self.space}, where one should "
+                "be ahead of the other: give more pictures, or another space or solver"
             )
 
 
