@@ -170,7 +170,9 @@ def tried(step, flip=None, change=None):
 def test_the_step_chosen_changes_least_among_those_that_flip():
     steps = [tried(200, 0.5, 0.1), tried(400, 0.96, 0.3), tried(500, 1.0, 0.35), tried(700, 1.0, 0.5)]
     assert b.best_of(steps).step == 400
-    assert b.best_of([tried(200), tried(400), tried(700)]).step == 400  # nothing measured: nearest to the paper's
+    assert b.best_of([*steps[:1], tried(300, 1.0, 0.2), *steps[1:]]).step == 300  # 400 changes half as much again
+    assert b.best_of([tried(300, 1.0, 0.28), *steps[1:]]).step == 400  # and here hardly more
+    assert b.best_of([tried(200), tried(400), tried(700)]).step == 400  # nothing measured
 
 
 @pytest.mark.parametrize("step", [-1, 0, 999, 2000])
