@@ -51,14 +51,21 @@ def main(arguments: list[str] | None = None) -> int:
     convert.add_argument("--kind", default=None, help="what the head reads, where the file does not say")
 
     make = commands.add_parser("train-demo", help="make the demo model's files")
-    make.add_argument("parts", nargs="*", default=[], help="pictures autoencoder latents denoiser transformer estimator heads; all")
+    make.add_argument(
+        "parts", nargs="*", default=[], help="pictures autoencoder latents denoiser transformer estimator heads; all"
+    )
     make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     make.add_argument("--device", default="cpu")
     make.add_argument("--shards", type=int, default=60, help="of 2000 pictures")
     make.add_argument("--workers", type=int, default=1, help="processes that draw pictures")
     make.add_argument("--compile", action="store_true", help="the transformer, by torch.compile: twice as fast on a CPU")
     make.add_argument("--heads", nargs="+", default=None, help="of the part heads, only these")
-    for part, steps, batch in (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("transformer", 5000, 128), ("estimator", 6000, 64)):
+    for part, steps, batch in (
+        ("autoencoder", 3400, 16),
+        ("denoiser", 8000, 1024),
+        ("transformer", 5000, 128),
+        ("estimator", 6000, 64),
+    ):
         make.add_argument(f"--{part}-steps", type=int, default=steps)
         make.add_argument(f"--{part}-batch", type=int, default=batch)
 

@@ -14,6 +14,8 @@ from torch import Tensor
 STEPS_TRIED = (200, 300, 400, 500, 600, 700)
 #: Of the flip rate: steps that flip nearly as many pictures as the best count as equals.
 NEAR_BEST = 0.05
+#: Where fewer flip at every step, which one does so most is chance.
+FEW = 0.5
 #: Of the change elsewhere: a latent changes a little more the higher the step, also where the picture's pixels do not, so
 #: steps within so much of the least are equals.
 NEAR_LEAST = 0.25
@@ -48,7 +50,8 @@ def best_of(tried: Sequence[Tried]) -> Tried:
     measured = [each for each in tried if each.flip is not None and each.change is not None]
     if measured:
         most = max(each.flip or 0.0 for each in measured)
-        flipping = [each for each in measured if (each.flip or 0.0) >= most - NEAR_BEST]
+        enough = most - NEAR_BEST if most >= FEW else 0.0
+        flipping = [each for each in measured if (each.flip or 0.0) >= enough]
         least = min(each.change or 0.0 for each in flipping)
         equals = [each for each in flipping if (each.change or 0.0) <= least * (1 + NEAR_LEAST)]
     return min(equals, key=lambda each: abs(each.step - FAVOURED_STEP))

@@ -172,6 +172,7 @@ def test_the_step_chosen_changes_least_among_those_that_flip():
     assert b.best_of(steps).step == 400
     assert b.best_of([*steps[:1], tried(300, 1.0, 0.2), *steps[1:]]).step == 300  # 400 changes half as much again
     assert b.best_of([tried(300, 1.0, 0.28), *steps[1:]]).step == 400  # and here hardly more
+    assert b.best_of([tried(200, 0.1, 0.3), tried(600, 0.0, 0.2)]).step == 600  # hardly any flip: that says nothing
     assert b.best_of([tried(200), tried(400), tried(700)]).step == 400  # nothing measured
 
 
