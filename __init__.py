@@ -25,6 +25,7 @@ async def comfy_entrypoint():
     from comfy_api.latest import ComfyExtension
 
     from .nodes import NODES
+    from .rg_engine.comfy_host.boundary_folder import register_boundary_folder
     from .rg_engine.comfy_host.folders import register_folders
 
     class ReadoutGuidance(ComfyExtension):
@@ -32,4 +33,5 @@ async def comfy_entrypoint():
             return list(NODES)
 
     register_folders()
+    register_boundary_folder()
     return ReadoutGuidance()

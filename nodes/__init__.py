@@ -1,6 +1,19 @@
 """The nodes: schemas and validation; the work is done one floor down."""
 
-from . import crops, demo, heads, inversion, keyframes, optimization, picture_losses, points, sampling, targets, training
+from . import (
+    boundaries,
+    crops,
+    demo,
+    heads,
+    inversion,
+    keyframes,
+    optimization,
+    picture_losses,
+    points,
+    sampling,
+    targets,
+    training,
+)  # fmt: skip
 
 NODES = (
     *heads.NODES,
@@ -14,4 +27,5 @@ NODES = (
     *crops.NODES,
     *optimization.NODES,
     *picture_losses.NODES,
+    *boundaries.NODES,
 )

@@ -16,6 +16,8 @@ Readout = io.Custom("READOUT")
 Tracks = io.Custom("TRACKS")
 ReadoutKeyframes = io.Custom("READOUT_KEYFRAMES")
 PictureLoss = io.Custom("PICTURE_LOSS")
+Boundary = io.Custom("BOUNDARY")
+BoundaryEditChain = io.Custom("BOUNDARY_EDIT")
 
 
 def schema(node_id: str, display_name: str, *, aliases: list[str], **fields: Any) -> io.Schema:

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo_out"))
     demo.add_argument("--pictures", type=int, default=8, help="pictures for each head")
     demo.add_argument("--modes", nargs="+", default=["fast"], choices=["fast", "reference"])
-    edits = ["apply", "drag", "drag_object", "drag_photo", "identity", "optimize_noise", "train_head"]
+    edits = ["apply", "boundary", "drag", "drag_object", "drag_photo", "identity", "optimize_noise", "train_head"]
     demo.add_argument("--edits", nargs="*", default=["drag"], choices=edits, help="further workflows to make a picture of")
     demo.add_argument("--strength", type=float, default=None, help="instead of the workflows' own")
     demo.add_argument("--device", default="auto", choices=["auto", "cpu"])
@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     train.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in the README")
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
-    tables = "heads timesteps pairs conventions kept_features drags identity doodl doodl_cost"
+    tables = "heads timesteps pairs conventions kept_features drags identity blocks doodl doodl_cost boundaries"
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")

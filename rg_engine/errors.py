@@ -25,5 +25,9 @@ class OptimizationError(ReadoutGuidanceError):
     """A latent can't be optimized: a loss or its file, a sampler without gradients, settings out of range."""
 
 
+class BoundaryError(ReadoutGuidanceError):
+    """A boundary can't be fitted, read or applied: its pictures, its file, or a model that it was not fitted on."""
+
+
 class ModelWorldError(ReadoutGuidanceError):
     """The embedded demo model's files are missing or damaged."""

@@ -95,7 +95,7 @@ def save_named_head(head: ReadoutHead, name: str, overwrite: bool = False) -> st
 
     Raises HeadFileError for a name that is no plain file name, and if the disk does not take it.
     """
-    stem = _plain_name(name.removesuffix(".safetensors"))
+    stem = plain_name(name.removesuffix(".safetensors"))
     folder, number = Path(folder_paths.get_folder_paths(FOLDER)[0]), 2
     path = folder / f"{stem}.safetensors"
     while path.exists() and not overwrite:
@@ -114,10 +114,10 @@ def save_named_head(head: ReadoutHead, name: str, overwrite: bool = False) -> st
 
 def checkpoint_path(name: str) -> Path:
     """Where the checkpoint of a training of that name is. Raises HeadFileError for a name that is no plain file name."""
-    return Path(folder_paths.get_output_directory()) / FOLDER / f"{_plain_name(name)}.checkpoint"
+    return Path(folder_paths.get_output_directory()) / FOLDER / f"{plain_name(name)}.checkpoint"
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     stem = name.strip()
     if not re.fullmatch(r"[^\s./\\:*?\"<>|\x00-\x1f][^/\\:*?\"<>|\x00-\x1f]{0,99}", stem) or stem.endswith("."):
         raise HeadFileError(f"{name!r} is no file name: give letters, digits, spaces, - and _, without folders")

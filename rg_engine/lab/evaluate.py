@@ -27,6 +27,7 @@ from ..guidance import GuidanceSettings
 from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
+from .boundaries.table import boundaries_table
 from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
 from .demo_world import World, encoded, load_world
 from .evaluate_blocks import blocks_table, plot_blocks
@@ -131,6 +132,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "blocks": blocks_table,
     "doodl": doodl_table,
     "doodl_cost": doodl_cost_table,
+    "boundaries": boundaries_table,
 }
 #: Of a transformer alone, and of a UNet alone.
 OF_ONE = {"blocks": "transformer", "conventions": "UNet"}

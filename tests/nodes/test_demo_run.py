@@ -56,3 +56,15 @@ def test_a_guided_model_s_picture_shows_the_pose_and_what_each_strength_made_of_
     assert all(each[:20].mean() > 150 for each in made)  # the cream wall that was asked for
     changes = [np.abs(each.astype(int) - made[0]).mean() for each in made[1:]]
     assert min(changes) > 1  # levels of 255, from the picture that is not guided
+
+
+def test_a_boundary_s_picture_shows_the_plot_the_strip_and_walls_that_turn(run):
+    import folder_paths
+
+    saved = folder_paths.get_filename_list("readout_boundaries")
+    pixels = np.asarray(run("boundary", "training_column", "RG_FitBoundary", mixing_step=400, steps=6))
+    assert pixels[:40].mean() > 200  # a plot on white
+    row = pixels[-pixels.shape[1] // 9 :][:12]  # the walls of three pictures: darker, as they are, brighter
+    darker, own, brighter = (part.mean() for part in np.split(row, 3, axis=1))
+    assert darker < own < brighter
+    assert folder_paths.get_filename_list("readout_boundaries") == saved

@@ -71,6 +71,21 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "RG_ClassifierLoss": (["classifier", "label", "weight", "crops", "crop_power"], ["previous"], ["PICTURE_LOSS"]),
     "RG_PictureLoss": (["kind", "weight"], ["image", "mask", "previous"], ["PICTURE_LOSS"]),
+    "RG_FitBoundary": (
+        ["model", "having", "space", "mixing_step", "steps", "solver", "held_out"],
+        ["lacking", "vae", "positive", "labels", "mask", "mask_lacking", "refinements"],
+        ["BOUNDARY", "STRING", "IMAGE", "IMAGE"],
+    ),
+    "RG_BoundaryEdit": (
+        ["model", "boundary", "latent", "strength", "move", "cfg", "eta", "seed"],
+        [
+            "positive", "negative", "mask", "strengths", "distance", "previous", "target", "target_strength", "steps",
+            "noise_steps", "refinements", "h_calls",
+        ],
+        ["LATENT", "STRING", "BOUNDARY_EDIT"],
+    ),
+    "RG_LoadBoundary": (["boundary_name"], [], ["BOUNDARY"]),
+    "RG_SaveBoundary": (["boundary", "name", "overwrite"], [], ["STRING"]),
 }  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
 #: Known from KSampler, or plain; a tooltip would only repeat the name.

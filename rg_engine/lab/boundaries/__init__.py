@@ -1,0 +1,1 @@
+"""How well boundaries edit the demo world."""
