@@ -21,5 +21,9 @@ class TrainingError(ReadoutGuidanceError):
     """A head can't be trained: its examples, its settings, its checkpoint, or a loss that is not finite."""
 
 
+class AdapterError(ReadoutGuidanceError):
+    """An orthogonal adapter that can't be read, applied, trained, extracted or written without changing its meaning."""
+
+
 class ModelWorldError(ReadoutGuidanceError):
     """The embedded demo model's files are missing or damaged."""
