@@ -1,6 +1,6 @@
 """The nodes: schemas and validation; the work is done one floor down."""
 
-from . import crops, demo, heads, inversion, keyframes, points, sampling, targets, training
+from . import crops, demo, heads, inversion, keyframes, oft, points, sampling, targets, training
 
 NODES = (
     *heads.NODES,
@@ -12,4 +12,5 @@ NODES = (
     *demo.NODES,
     *keyframes.NODES,
     *crops.NODES,
+    *oft.NODES,
 )

@@ -14,6 +14,7 @@ ReadoutTarget = io.Custom("READOUT_TARGET")
 DragPoints = io.Custom("DRAG_POINTS")
 Readout = io.Custom("READOUT")
 Tracks = io.Custom("TRACKS")
+Oft = io.Custom("OFT")
 ReadoutKeyframes = io.Custom("READOUT_KEYFRAMES")
 
 
