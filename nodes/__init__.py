@@ -1,6 +1,6 @@
 """The nodes: schemas and validation; the work is done one floor down."""
 
-from . import crops, demo, heads, inversion, keyframes, oft, points, sampling, targets, training
+from . import crops, demo, heads, inversion, keyframes, oft, oft_training, points, sampling, targets, training
 
 NODES = (
     *heads.NODES,
@@ -13,4 +13,5 @@ NODES = (
     *keyframes.NODES,
     *crops.NODES,
     *oft.NODES,
+    *oft_training.NODES,
 )

@@ -5,8 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.adapters import CONVENTIONS, ReadOptions
+from ..rg_engine.adapters.learning import LAYERS
+from ..rg_engine.adapters.saving import FORMATS
+from ..rg_engine.comfy_host.adapters.extract import extract_oft
 from ..rg_engine.comfy_host.adapters.folders import NONE, adapter_names, adapter_version, find_adapter
 from ..rg_engine.comfy_host.adapters.load import load_oft
+from ..rg_engine.comfy_host.adapters.save import PRECISIONS, save_oft
 from ..rg_engine.errors import AdapterError
 from .schema import Oft, schema
 
@@ -91,4 +95,64 @@ class LoadOFT(io.ComfyNode):
         )
 
 
-NODES = (LoadOFT,)
+class SaveOFT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_SaveOFT",
+            "Save OFT",
+            aliases=["readout guidance", "save oft", "convert oft", "export adapter", "peft", "lycoris"],
+            description="Saves an orthogonal adapter into models/oft, in this extension's format or in another tool's, exactly or "
+            "not at all. It takes what Load OFT loaded, too, and so converts files.",
+            inputs=[
+                Oft.Input("oft", tooltip="From Train OFT, Load OFT or Extract OFT."),
+                io.String.Input("name", default="my_oft", tooltip="File name without folder."),
+                io.Combo.Input(
+                    "format", options=list(FORMATS), default="native",
+                    tooltip="native holds everything. authors, PEFT, OneTrainer: what turns inputs, as Train OFT's do. LyCORIS: what "
+                    "turns outputs. difference: W' - W in full size, for ComfyUI's Load LoRA, which has no adapter that turns inputs.",
+                ),
+                io.Combo.Input("precision", options=list(PRECISIONS), default="fp32", tooltip="fp16 is half as large; Q in fp16 "
+                    "still gives an orthogonal R."),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of this name; off: number the new one."),
+                io.Model.Input("model", optional=True, tooltip="The model it is for, where the format is not native."),
+            ],
+            outputs=[io.String.Output("file", display_name="file", tooltip="Its name in the list, after a refresh.")],
+            is_output_node=True,
+        )  # fmt: skip
+
+    @classmethod
+    def execute(cls, oft, name, format, precision, overwrite, model=None) -> io.NodeOutput:
+        saved = save_oft(oft, name, format, model, precision, overwrite)
+        return io.NodeOutput(saved, ui={"text": [saved]})
+
+
+class ExtractOFT(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_ExtractOFT",
+            "Extract OFT",
+            aliases=["readout guidance", "extract oft", "procrustes", "extract lora", "model difference"],
+            description="The rotations that best take one model to another (a finetuned one, or one with LoRAs), and how much of the "
+            "change no rotation explains.",
+            inputs=[
+                io.Model.Input("model", tooltip="Where the change starts."),
+                io.Model.Input("changed", tooltip="A model finetuned from it, or it with LoRAs."),
+                io.Combo.Input("layers", options=list(LAYERS), default="transformers", tooltip="Which layers are compared."),
+                io.Int.Input("blocks", default=1, min=1, max=1024, tooltip="Blocks in each layer; 1 explains most."),
+                io.Int.Input("block_size", default=0, min=0, max=4096, tooltip="Their size instead; 0: by number."),
+            ],
+            outputs=[
+                Oft.Output("OFT"),
+                io.String.Output("report", display_name="report", tooltip="How far it turns, and what no rotation explains."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, changed, layers, blocks, block_size) -> io.NodeOutput:
+        oft, report = extract_oft(model, changed, layers, blocks, block_size)
+        return io.NodeOutput(oft, report, ui={"text": [report]})
+
+
+NODES = (LoadOFT, SaveOFT, ExtractOFT)

@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, train, evaluate, benchmark, convert, packs, train-demo."""
+"""``python -m rg_engine``: demo, train, train-oft, evaluate, benchmark, convert, packs, train-demo."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     train = commands.add_parser("train", help="train a head from folders; also under torchrun, on several processes")
     train.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in the README")
+
+    oft = commands.add_parser("train-oft", help="train an orthogonal adapter from folders; also under torchrun")
+    oft.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in docs/oft.md")
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
     tables = "heads timesteps pairs conventions kept_features drags identity"
@@ -86,6 +89,15 @@ def main(arguments: list[str] | None = None) -> int:
             from .comfy_host.training.files import train_from_files
 
             train_from_files(config)
+            return 0
+        if options.command == "train-oft":
+            from .adapters.learning.config import read_oft_config
+
+            oft_config = read_oft_config(options.config)
+            use_comfyui(oft_config.device)
+            from .comfy_host.adapters.training.files import train_oft_from_files
+
+            train_oft_from_files(oft_config)
             return 0
         if options.command == "train-demo":
             from .lab.demo_parts import PARTS, make_pictures

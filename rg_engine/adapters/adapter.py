@@ -123,3 +123,35 @@ class Layout:
     name: str
     claims: Callable[[str], bool]
     read: Callable[[Contents, ReadOptions], Adapter]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Named:
+    """A layer of a model, for writing: its key in the model, the weight's shape, diffusers' name if it has one."""
+
+    key: str
+    shape: tuple[int, ...]
+    diffusers: str | None
+    rotation: Rotation
+
+    @property
+    def own(self) -> str:
+        """LDM's name, or whatever the model calls it."""
+        return PREFIX.sub("", self.key).removesuffix(".weight")
+
+
+def check_plain(
+    layer: Named, what: str, *, side: str, series: bool = False, magnitudes: bool = False, butterfly: bool = False
+) -> None:
+    """Raises AdapterError if a layer has what this kind of file can't hold."""
+    rotation = layer.rotation
+    reasons = [
+        (rotation.side != side, f"it turns {rotation.side}, and they turn {side}"),
+        (bool(rotation.series) and not series, "it is a polynomial, not a rotation (load it with orthogonal on)"),
+        (rotation.magnitudes is not None and not magnitudes, "it has magnitudes"),
+        (rotation.is_butterfly and not butterfly, "it is a butterfly"),
+        (rotation.rows is not None, "it turns a part of a fused weight"),
+    ]
+    for wrong, reason in reasons:
+        if wrong:
+            raise AdapterError(f"{what} can't hold {layer.key} exactly: {reason}. Save it as native, or as a difference")

@@ -92,9 +92,9 @@ def save_named_head(head: ReadoutHead, name: str, overwrite: bool = False) -> st
     return path.name
 
 
-def checkpoint_path(name: str) -> Path:
+def checkpoint_path(name: str, folder: str = FOLDER) -> Path:
     """Where the checkpoint of a training of that name is. Raises HeadFileError for a name that is no plain file name."""
-    return Path(folder_paths.get_output_directory()) / FOLDER / f"{plain_name(name)}.checkpoint"
+    return Path(folder_paths.get_output_directory()) / folder / f"{plain_name(name)}.checkpoint"
 
 
 def plain_name(name: str) -> str:

@@ -6,10 +6,13 @@ neurons after the turn. BOFT's stages turn without the transpose. 2.0 saved the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 from ...errors import AdapterError
-from ..adapter import Adapter, Contents, Layer, Layout, ReadOptions
+from ..adapter import Adapter, Contents, Layer, Layout, Named, ReadOptions, check_plain
 from ..limits import limit_layer
 from ..orthogonal import inverse_cayley, orthogonality_error, skew
 from ..rotation import Rotation
@@ -69,6 +72,23 @@ def _matrices(contents: Contents, key: str, parts: dict[str, Tensor]) -> Rotatio
 
 def _determinants(r: Tensor) -> Tensor:
     return r.double().det()
+
+
+def write(layers: Sequence[Named]) -> dict[str, Tensor]:
+    """Side out only; without a limit (alpha 0), which its loader and ComfyUI's want said."""
+    tensors = {}
+    for layer in layers:
+        check_plain(layer, "LyCORIS' files", side="out", magnitudes=True, butterfly=True)
+        rotation = layer.rotation
+        n, b = rotation.q.shape[-3:-1]
+        if not rotation.is_butterfly and b > n:
+            raise AdapterError(f"LyCORIS takes blocks no larger than their number, and {layer.key} has {n} of {b}: save it as native")
+        key = f"lycoris_{(layer.diffusers or layer.own).replace('.', '_')}"
+        tensors[f"{key}.oft_blocks"] = (rotation.q if rotation.is_butterfly else -rotation.q) / 2
+        tensors[f"{key}.alpha"] = torch.tensor(0.0)
+        if rotation.magnitudes is not None:
+            tensors[f"{key}.rescale"] = rotation.magnitudes.reshape(-1, *[1] * (len(layer.shape) - 1))
+    return tensors
 
 
 LAYOUT = Layout(

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
 from ...errors import AdapterError
-from ..adapter import Adapter, Contents, Layer, Layout, ReadOptions
-from ..orthogonal import from_triangle, neumann_coefficients
+from ..adapter import Adapter, Contents, Layer, Layout, Named, ReadOptions, check_plain
+from ..orthogonal import from_triangle, neumann_coefficients, triangle
 from ..rotation import Rotation
 
 SERIES = neumann_coefficients(5, last_doubled=False)
+#: Of the spectral norm of Q, up to which the polynomial is taken for Cayley's.
+LARGEST_Q = 0.1
 
 
 def read(contents: Contents, options: ReadOptions) -> Adapter:
@@ -23,6 +30,22 @@ def read(contents: Contents, options: ReadOptions) -> Adapter:
         rotation = Rotation(q=q, side="in", shared=len(q) == 1, series=SERIES, convolutions_back=True)
         layers.append(Layer(key=key, rotation=rotation))
     return Adapter(layout=LAYOUT.name, layers=tuple(layers))
+
+
+def write(layers: Sequence[Named]) -> dict[str, Tensor]:
+    """Side in: exact for what is this polynomial; for a rotation as near as |Q|^4, refused above 0.1."""
+    tensors = {}
+    for layer in layers:
+        check_plain(layer, "OneTrainer's files", side="in", series=True)
+        size = float(torch.linalg.matrix_norm(layer.rotation.q, 2).max())
+        if layer.rotation.series != SERIES and (layer.rotation.series or size > LARGEST_Q):
+            raise AdapterError(
+                f"OneTrainer's polynomial is not this rotation ({layer.key} has |Q| {size:.2g}, above {LARGEST_Q}): save it as PEFT, "
+                "authors or native, which hold it exactly"
+            )
+        q = -layer.rotation.q if len(layer.shape) > 2 else layer.rotation.q
+        tensors[f"lora_unet_{(layer.diffusers or layer.own).replace('.', '_')}.oft_R.weight"] = triangle(q)
+    return tensors
 
 
 LAYOUT = Layout(

@@ -6,15 +6,15 @@ with ``.oft_s``, side in; up to 0.13 ``.oft_r`` alone, side out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from ...errors import AdapterError
-from ..adapter import Adapter, Contents, Layer, Layout, ReadOptions
+from ..adapter import Adapter, Contents, Layer, Layout, Named, ReadOptions, check_plain
 from ..limits import coft_bound, project
-from ..orthogonal import from_triangle, neumann_coefficients, skew
+from ..orthogonal import from_triangle, neumann_coefficients, skew, triangle
 from ..rotation import Rotation
 
 PREFIX = "base_model.model."
@@ -72,6 +72,33 @@ def _old(contents: Contents, found: Mapping[str, Mapping[str, Tensor]], config: 
         )
         layers.append(Layer(key=key, rotation=rotation))
     return tuple(layers)
+
+
+def write(layers: Sequence[Named]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and adapter_config.json: side in, exact as Cayley(-Q), or as the polynomial that it was. Raises AdapterError if
+    the layers differ in what PEFT has one setting for."""
+    for layer in layers:
+        check_plain(layer, "PEFT's files", side="in", series=True)
+    rotations = [layer.rotation for layer in layers]
+    series, shared = {rotation.series for rotation in rotations}, {rotation.shared for rotation in rotations}
+    sizes = {rotation.block_size for rotation in rotations}
+    counts = {layer.shape[1] // layer.rotation.block_size for layer in layers}
+    if len(series) > 1 or len(shared) > 1 or (len(sizes) > 1 and len(counts) > 1):
+        what = "one block size or one number of blocks" if len(sizes) > 1 and len(counts) > 1 else "one kind of rotation"
+        raise AdapterError(f"PEFT's files have {what} for all layers, and these differ: save it as native")
+    coefficients = next(iter(series))
+    terms = next((t for t in range(2, 20) if neumann_coefficients(t, last_doubled=False) == coefficients), TERMS)
+    if coefficients and neumann_coefficients(terms, last_doubled=False) != coefficients:
+        raise AdapterError("it is a polynomial that PEFT no longer has (before 0.18): save it as native")
+    config = {
+        "peft_type": "OFT", "peft_version": "0.18.0", "bias": "none", "block_share": next(iter(shared)), "coft": False, "eps": 6e-5,
+        "fan_in_fan_out": False, "inference_mode": True, "init_weights": True, "module_dropout": 0.0,
+        "num_cayley_neumann_terms": terms, "use_cayley_neumann": bool(coefficients),
+        "oft_block_size": next(iter(sizes)) if len(sizes) == 1 else 0, "r": next(iter(counts)) if len(sizes) > 1 else 0,
+        "target_modules": [layer.diffusers or layer.own for layer in layers],
+    }  # fmt: skip
+    sign = 1.0 if coefficients else -1.0
+    return {f"{PREFIX}{layer.diffusers or layer.own}.oft_R.weight": sign * triangle(layer.rotation.q) for layer in layers}, config
 
 
 LAYOUT = Layout(

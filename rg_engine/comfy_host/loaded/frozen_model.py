@@ -115,12 +115,17 @@ class FrozenModel:
     def network(self) -> Any:
         return self._guider.inner_model.diffusion_model
 
+    @property
+    def model_sampling(self) -> Any:
+        return self._guider.inner_model.model_sampling
+
     def call(
         self, latents: Tensor, noise: Tensor, time: Tensor, through: Callable[..., Tensor], *, prompt: str = "positive",
-        pictures: Tensor | None = None,
+        pictures: Tensor | None = None, attention: Any = None,
     ) -> Noised:  # fmt: skip
         """Call the network on noised pictures (arguments as :meth:`read`'s); ``through`` gets ComfyUI's executor of the call
-        and its arguments, and returns what it predicts. prompt: whose."""
+        and its arguments, and returns what it predicts. prompt: whose. attention: in the kernel's place, unless another node
+        took it."""
         comfy.model_management.throw_exception_if_processing_interrupted()
         model = self._guider.inner_model
         sampling = model.model_sampling
@@ -131,6 +136,8 @@ class FrozenModel:
         x = sampling.noise_scaling(sigma.view(-1, 1, 1, 1), noise.to(clean), clean, False)
         options = comfy.model_patcher.create_model_options_clone(self._options)
         add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, through, options, is_model_options=True)
+        if attention is not None:
+            options["transformer_options"].setdefault("optimized_attention_override", attention)
         comfy.samplers.calc_cond_batch(model, [_prompts_of(self._guider.conds[prompt], pictures)], x, sigma, options)
         return Noised(clean=clean, x=x, sigma=sigma)
 

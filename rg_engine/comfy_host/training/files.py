@@ -35,9 +35,9 @@ def train_from_files(config: TrainingConfig) -> None:
     files = gather_files(config)
     with joined() as ranks:
         with torch.inference_mode():
-            model, clip, vae = _load_model(config.model)
-            latents = _encode(files.pictures, vae, config.size)
-            positive = _prompts(config.prompt, files.pictures, clip)
+            model, clip, vae = load_model(config.model)
+            latents = encode(files.pictures, vae, config.size)
+            positive = prompts_of(config.prompt, files.pictures, clip)
             truth = _truth(config, files, latents, vae)
         with torch.inference_mode(False):
             examples = Examples(
@@ -48,7 +48,7 @@ def train_from_files(config: TrainingConfig) -> None:
             )
         checkpoint, log = config.out.with_suffix(".checkpoint"), config.out.with_suffix(".jsonl")
         if ranks.first:
-            _cut_back(log, checkpoint)
+            cut_back(log, checkpoint)
 
         def keep(head: ReadoutHead) -> None:
             if ranks.first:
@@ -63,7 +63,7 @@ def train_from_files(config: TrainingConfig) -> None:
             model, examples, config.settings, name=config.out.name, positive=positive, projection=config.width,
             background=empty_value(config.kind, config.sparse), temperature=config.temperature, margin=config.margin,
             checkpoint=checkpoint,
-            facts={"model": Path(config.model).name}, ranks=ranks, report=_reporter(log, ranks), keep=keep,
+            facts={"model": Path(config.model).name}, ranks=ranks, report=reporter(log, ranks), keep=keep,
         )  # fmt: skip
         if ranks.first:
             config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def train_from_files(config: TrainingConfig) -> None:
             print(f"wrote {config.out}", flush=True)
 
 
-def _load_model(name: str) -> tuple[Any, Any, Any]:
+def load_model(name: str) -> tuple[Any, Any, Any]:
     if name == "demo":
         return load_demo_model()
     if not Path(name).is_file():
@@ -89,14 +89,14 @@ def _load_model(name: str) -> tuple[Any, Any, Any]:
     return model, clip, vae
 
 
-def _encode(paths: list[Path], vae: Any, size_px: int) -> Tensor:
+def encode(paths: list[Path], vae: Any, size_px: int) -> Tensor:
     parts = [paths[i : i + ENCODED_AT_ONCE] for i in range(0, len(paths), ENCODED_AT_ONCE)]
     return torch.cat(
         [vae.encode(torch.stack([load_picture(path, size_px) for path in part])).float().cpu() for part in parts]
     )
 
 
-def _prompts(prompt: str, pictures: list[Path], clip: Any) -> list:
+def prompts_of(prompt: str, pictures: list[Path], clip: Any) -> list:
     """A CONDITIONING: one row for all, or one a picture."""
     texts = [prompt_of(path) for path in pictures] if prompt == "captions" else [prompt]
     encoded = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in set(texts)}
@@ -109,12 +109,12 @@ def _truth(config: TrainingConfig, files: FileExamples, latents: Tensor, vae: An
     if files.controls is None:
         return fit(files.truth, cells) if config.kind == "keypoint" and files.truth is not None else files.truth
     if config.kind == "lgp":
-        return _encode(files.controls, vae, config.size)
+        return encode(files.controls, vae, config.size)
     maps = torch.stack([fit(load_picture(path, config.size).permute(2, 0, 1)[None], cells)[0] for path in files.controls])
     return as_controls(maps)
 
 
-def _cut_back(log: Path, checkpoint: Path) -> None:
+def cut_back(log: Path, checkpoint: Path) -> None:
     """Leave in the log the steps that the checkpoint has; without one, none."""
     if not log.exists():
         return
@@ -125,7 +125,7 @@ def _cut_back(log: Path, checkpoint: Path) -> None:
     log.write_text("".join(lines[:steps]), encoding="utf-8")
 
 
-def _reporter(log: Path, ranks: Ranks) -> Any:
+def reporter(log: Path, ranks: Ranks) -> Any:
     """Writes a JSON line a step, prints validations."""
     if not ranks.first:
         return None
