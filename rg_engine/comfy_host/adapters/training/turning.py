@@ -56,17 +56,18 @@ class TurnedModel:
     def __init__(self, frozen: FrozenModel, graph: Graph) -> None:
         self._frozen, self._light = frozen, graph == "light"
         self._scope = GradientScope(frozen.network)
+        self._layers = [(f"{MODEL}{name}", module) for name, module in frozen.network.named_modules() if _width(module)]
         self._rotations: dict[str, Tensor] = {}  # in force now
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> TurnedModel:
         try:
             self._open.enter_context(self._scope)
-            for name, module in self._frozen.network.named_modules():
-                if _width(module):
-                    self._open.callback(module.register_forward_pre_hook(self._hook(f"{MODEL}{name}", module)).remove)
-                if self._light and isinstance(module, BasicTransformerBlock):
-                    self._open.enter_context(_checkpointed(module))
+            for key, layer in self._layers:
+                self._open.callback(layer.register_forward_pre_hook(self._hook(key, layer)).remove)
+            for block in self._frozen.network.modules() if self._light else ():
+                if isinstance(block, BasicTransformerBlock):
+                    self._open.enter_context(_checkpointed(block))
         except BaseException:
             self._open.close()
             raise
