@@ -23,8 +23,8 @@ class LoadOFT(io.ComfyNode):
             "Load OFT",
             aliases=["readout guidance", "oft", "coft", "boft", "lora", "load adapter", "orthogonal finetuning"],
             description="Puts an orthogonal adapter (OFT, COFT, BOFT) on a model, from every tool's files: the authors', "
-            "PEFT's, LyCORIS', kohya's, OneTrainer's, ComfyUI's and this extension's. It stays orthogonal at every strength. "
-            "Put it before LoRAs.",
+            "PEFT's, LyCORIS', kohya's, OneTrainer's, ComfyUI's and this extension's. It stays orthogonal at every "
+            "strength. Put it before LoRAs.",
             inputs=[
                 io.Model.Input("model", tooltip="What the adapter goes on. LoRAs belong after this node."),
                 io.Combo.Input(
@@ -33,7 +33,8 @@ class LoadOFT(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
-                    tooltip="1 is what the file means, 0 the model itself, -1 the way back. An angle a becomes 2 atan(strength "
+                    tooltip="1 is what the file means, 0 the model itself, -1 the way back. An angle a becomes 2 "
+                    "atan(strength "
                     "tan(a / 2)), so the weights keep their lengths and angles at every strength.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="For files that turn the text encoder too."),
@@ -43,7 +44,8 @@ class LoadOFT(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "coft_eps", default=0.0, min=0.0, max=1000.0, step=0.00001, round=False, optional=True,
-                    tooltip="For the authors' files that were trained with COFT: eps of the training, which the file does not "
+                    tooltip="For the authors' files that were trained with COFT: eps of the training, which the file does "
+                    "not "
                     "say. 0: plain OFT.",
                 ),
                 io.Combo.Input(
@@ -53,7 +55,8 @@ class LoadOFT(io.ComfyNode):
                 ),
                 io.Boolean.Input(
                     "orthogonal", default=False, optional=True,
-                    tooltip="Files of PEFT and OneTrainer are polynomials that are nearly orthogonal. On: exactly orthogonal at "
+                    tooltip="Files of PEFT and OneTrainer are polynomials that are nearly orthogonal. On: exactly "
+                    "orthogonal at "
                     "strength 1 too. Off: as they were trained.",
                 ),
                 Oft.Input("oft", optional=True, tooltip="Instead of a file: from Train OFT or Extract OFT."),
@@ -102,19 +105,24 @@ class SaveOFT(io.ComfyNode):
             "RG_SaveOFT",
             "Save OFT",
             aliases=["readout guidance", "save oft", "convert oft", "export adapter", "peft", "lycoris"],
-            description="Saves an orthogonal adapter into models/oft, in this extension's format or in another tool's, exactly or "
+            description="Saves an orthogonal adapter into models/oft, in this extension's format or in another tool's, "
+            "exactly or "
             "not at all. It takes what Load OFT loaded, too, and so converts files.",
             inputs=[
                 Oft.Input("oft", tooltip="From Train OFT, Load OFT or Extract OFT."),
                 io.String.Input("name", default="my_oft", tooltip="File name without folder."),
                 io.Combo.Input(
                     "format", options=list(FORMATS), default="native",
-                    tooltip="native holds everything. authors, PEFT, OneTrainer: what turns inputs, as Train OFT's do. LyCORIS: what "
-                    "turns outputs. difference: W' - W in full size, for ComfyUI's Load LoRA, which has no adapter that turns inputs.",
+                    tooltip="native holds everything. authors, PEFT, OneTrainer: what turns inputs, as Train OFT's do. "
+                    "LyCORIS: what "
+                    "turns outputs. difference: W' - W in full size, for ComfyUI's Load LoRA, which has no adapter that "
+                    "turns inputs.",
                 ),
-                io.Combo.Input("precision", options=list(PRECISIONS), default="fp32", tooltip="fp16 is half as large; Q in fp16 "
-                    "still gives an orthogonal R."),
-                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of this name; off: number the new one."),
+                io.Combo.Input(
+                    "precision", options=list(PRECISIONS), default="fp32",
+                    tooltip="fp16 is half as large; Q in fp16 still gives an orthogonal R.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of this name. Off: number it."),
                 io.Model.Input("model", optional=True, tooltip="The model it is for, where the format is not native."),
             ],
             outputs=[io.String.Output("file", display_name="file", tooltip="Its name in the list, after a refresh.")],
@@ -134,7 +142,8 @@ class ExtractOFT(io.ComfyNode):
             "RG_ExtractOFT",
             "Extract OFT",
             aliases=["readout guidance", "extract oft", "procrustes", "extract lora", "model difference"],
-            description="The rotations that best take one model to another (a finetuned one, or one with LoRAs), and how much of the "
+            description="The rotations that best take one model to another (a finetuned one, or one with LoRAs), and how "
+            "much of the "
             "change no rotation explains.",
             inputs=[
                 io.Model.Input("model", tooltip="Where the change starts."),
@@ -145,7 +154,9 @@ class ExtractOFT(io.ComfyNode):
             ],
             outputs=[
                 Oft.Output("OFT"),
-                io.String.Output("report", display_name="report", tooltip="How far it turns, and what no rotation explains."),
+                io.String.Output(
+                    "report", display_name="report", tooltip="How far it turns, and what no rotation explains."
+                ),
             ],
         )
 

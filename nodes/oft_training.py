@@ -24,10 +24,12 @@ class TrainOFT(io.ComfyNode):
             "RG_TrainOFT",
             "Train OFT",
             aliases=["readout guidance", "train lora", "dreambooth", "finetune", "orthogonal finetuning", "coft"],
-            description="Teaches the model that is loaded a subject from a few pictures, by turning its layers without changing the "
-            "angles between their neurons (OFT). The model stays as it is; the adapter is small. An interrupt saves the best so far.",
+            description="Teaches the model that is loaded a subject from a few pictures, by turning its layers without "
+            "changing the "
+            "angles between their neurons (OFT). The model stays as it is; the adapter is small. An interrupt saves the "
+            "best so far.",
             inputs=[
-                io.Model.Input("model", tooltip="The model to teach. It is frozen and never copied; LoRAs on it stay in force."),
+                io.Model.Input("model", tooltip="The model to teach. It stays as it is; LoRAs on it stay in force."),
                 io.Conditioning.Input("positive", tooltip="The prompt of the pictures, with a word for the subject."),
                 io.Latent.Input("latents", tooltip="3 to 10 pictures of the subject through VAE Encode."),
                 io.Int.Input("steps", default=DEFAULTS.steps, min=1, max=1000000, tooltip="Optimiser steps."),
@@ -48,9 +50,12 @@ class TrainOFT(io.ComfyNode):
                 io.Combo.Input("layers", options=list(LAYERS), default=DEFAULTS.layers, tooltip="Which layers learn."),
                 io.Float.Input(
                     "prior_weight", default=DEFAULTS.prior_weight, min=0.0, max=100.0, step=0.05,
-                    tooltip="How much the class pictures count: they keep the model from making its whole class the subject.",
+                    tooltip="How much the class pictures count: they keep the model from making its whole class the "
+                    "subject.",
                 ),
-                io.Float.Input("weight_decay", default=DEFAULTS.weight_decay, min=0.0, max=1.0, step=0.001, tooltip="AdamW's."),
+                io.Float.Input(
+                    "weight_decay", default=DEFAULTS.weight_decay, min=0.0, max=1.0, step=0.001, tooltip="AdamW's."
+                ),
                 io.Int.Input(
                     "accumulate", default=1, min=1, max=1024,
                     tooltip="Parts that a batch is learned in, one after another: the same result in less memory.",
@@ -68,13 +73,16 @@ class TrainOFT(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "precision", options=list(get_args(Precision)), default=DEFAULTS.precision,
-                    tooltip="fp32: the model's own arithmetic. fp16: for models that compute in fp16, with scaled gradients.",
+                    tooltip="fp32: the model's own arithmetic. fp16: for models that compute in fp16, with scaled "
+                    "gradients.",
                 ),
                 io.Float.Input(
                     "validation_share", default=0.0, min=0.0, max=0.5, step=0.05,
                     tooltip="Pictures kept back, to keep the adapter that is best on them. 0 with few pictures.",
                 ),
-                io.Int.Input("validate_every", default=DEFAULTS.validate_every, min=0, max=100000, tooltip="Steps; 0 never."),
+                io.Int.Input(
+                    "validate_every", default=DEFAULTS.validate_every, min=0, max=100000, tooltip="Steps; 0 never."
+                ),
                 io.Int.Input(
                     "preview_every", default=0, min=0, max=100000,
                     tooltip="Steps between pictures sampled with the adapter in force, shown on the node; 0 never.",
@@ -82,13 +90,15 @@ class TrainOFT(io.ComfyNode):
                 io.Int.Input("seed", default=0, min=0, max=0xFFFFFFFFFFFFFFFF, control_after_generate=True),
                 io.String.Input(
                     "checkpoint", default="",
-                    tooltip="A name: the training is saved every minute (output/oft) and goes on from there when it is queued "
+                    tooltip="A name: the training is saved every minute (output/oft) and goes on from there when it is "
+                    "queued "
                     "again. Empty: not.",
                 ),
                 io.Conditioning.Input("class_positive", optional=True, tooltip="The prompt of the class pictures."),
                 io.Latent.Input(
                     "class_latents", optional=True,
-                    tooltip="Pictures of the subject's class, made by the model itself: what a KSampler makes of class_positive.",
+                    tooltip="Pictures of the subject's class, made by the model itself: what a KSampler makes of "
+                    "class_positive.",
                 ),
                 io.Conditioning.Input("negative", optional=True, tooltip="Of the previews; without one it is empty."),
             ],
@@ -107,13 +117,14 @@ class TrainOFT(io.ComfyNode):
         checkpoint, class_positive=None, class_latents=None, negative=None,
     ) -> io.NodeOutput:  # fmt: skip
         settings = OftSettings(
-            steps=steps, learning_rate=learning_rate, batch=batch_size, blocks=blocks, block_size=block_size, coft_eps=coft_eps,
-            layers=layers, prior_weight=prior_weight, weight_decay=weight_decay, accumulate=accumulate, ema=ema, schedule=schedule,
-            precision=precision, validation_share=validation_share, validate_every=validate_every, seed=seed,
+            steps=steps, learning_rate=learning_rate, batch=batch_size, blocks=blocks, block_size=block_size,
+            coft_eps=coft_eps, layers=layers, prior_weight=prior_weight, weight_decay=weight_decay, accumulate=accumulate,
+            ema=ema, schedule=schedule, precision=precision, validation_share=validation_share,
+            validate_every=validate_every, seed=seed,
         )  # fmt: skip
         trained = train_oft_in_graph(
-            model, positive, latents, settings, class_positive=class_positive, class_latents=class_latents, negative=negative,
-            graph=memory, preview=Preview(every=preview_every), checkpoint=checkpoint,
+            model, positive, latents, settings, class_positive=class_positive, class_latents=class_latents,
+            negative=negative, graph=memory, preview=Preview(every=preview_every), checkpoint=checkpoint,
         )  # fmt: skip
         return io.NodeOutput(trained.model, trained.oft, trained.plot, trained.report, ui={"text": [trained.report]})
 

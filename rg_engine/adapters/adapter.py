@@ -15,7 +15,9 @@ from .rotation import Rotation
 Convention = Literal["auto", "neumann", "cayley"]
 CONVENTIONS: tuple[Convention, ...] = get_args(Convention)
 #: What stands before a layer's own name, in some layout or other.
-PREFIX = re.compile(r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|lora_unet_|lycoris_|oft_unet_|unet\.)")
+PREFIX = re.compile(
+    r"^(base_model\.model\.|model\.diffusion_model\.|diffusion_model\.|lora_unet_|lycoris_|oft_unet_|unet\.)"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -27,7 +29,7 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """The layer's own name: diffusers' or LDM's, with dots or underscores; authors' attention as diffusers has it now."""
+        """The layer's own name: diffusers' or LDM's, with dots or underscores."""
         name = PREFIX.sub("", self.key)
         authors = re.fullmatch(r"(.+)\.processor\.(to_[qkv]|to_out)_oft", name)
         return name if authors is None else f"{authors[1]}.{authors[2]}{'.0' if authors[2] == 'to_out' else ''}"
@@ -35,9 +37,9 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
-    """added: what is added to biases and norms, by ComfyUI's name of it (``KEY.diff``, ``KEY.diff_b``). hint: the network that
-    makes features of a control picture, by its keys. notes: what whoever loads it should know. facts: plain values, kept in
-    native files."""
+    """added: what is added to biases and norms, by ComfyUI's name of it (``KEY.diff``, ``KEY.diff_b``). hint: the network
+    that makes features of a control picture, by its keys. notes: what whoever loads it should know. facts: plain values,
+    kept in native files."""
 
     layout: str
     layers: tuple[Layer, ...]
@@ -57,8 +59,8 @@ class Adapter:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ReadOptions:
-    """What a file may not say. coft_eps: of COFT, the number that its training was given; 0 is plain OFT. convention: of PEFT's
-    numbers, where its adapter_config.json is not there."""
+    """What a file may not say. coft_eps: of COFT, the number that its training was given; 0 is plain OFT. convention: of
+    PEFT's numbers, where its adapter_config.json is not there."""
 
     coft_eps: float = 0.0
     convention: Convention = "auto"
@@ -92,8 +94,9 @@ class Contents:
                 layers.setdefault(key.removesuffix(ending), {})[ending] = tensor
         if unknown:
             raise AdapterError(
-                f"{self.name!r} holds what its layout does not explain: {', '.join(unknown[:3])}{' ...' if unknown[3:] else ''}. "
-                "Such keys change what the others mean, so nothing is loaded: convert it with the tool that made it"
+                f"{self.name!r} holds what its layout does not explain: "
+                f"{', '.join(unknown[:3])}{' ...' if unknown[3:] else ''}. Such keys change what the others mean, so "
+                "nothing is loaded: convert it with the tool that made it"
             )
         return layers
 
@@ -111,7 +114,8 @@ class Contents:
         b = round((1 + (1 + 8 * count) ** 0.5) / 2)
         if not count or b * (b - 1) // 2 != count:
             raise AdapterError(
-                f"{self.name!r}: {key} has the shape {tuple(tensor.shape)}: expected rows of b (b - 1) / 2 numbers, a triangle"
+                f"{self.name!r}: {key} has the shape {tuple(tensor.shape)}: expected rows of b (b - 1) / 2 numbers, a "
+                "triangle"
             )
         return b
 

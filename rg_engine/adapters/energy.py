@@ -1,4 +1,4 @@
-"""Hyperspherical energy (Liu et al., arXiv 1805.09298; equation 1 of OFT): what a turn of all neurons alike leaves as it is."""
+"""Hyperspherical energy (Liu et al., arXiv 1805.09298; equation 1 of OFT), which one turn of all neurons leaves as it is."""
 
 from __future__ import annotations
 

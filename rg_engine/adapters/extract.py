@@ -16,8 +16,8 @@ NEAREST = 1e-9
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Extracted:
-    """changed: |W1 - W0|^2; left: |W1 - W0 blockdiag(R)^T|^2, what no rotation explains; flipped: blocks that were nearest to a
-    reflection; still: blocks left as they are, since they turn by 180 degrees, which Cayley's form does not hold."""
+    """changed: |W1 - W0|^2; left: |W1 - W0 blockdiag(R)^T|^2, what no rotation explains; flipped: blocks that were nearest
+    to a reflection; still: blocks left as they are, since they turn by 180 degrees, which Cayley's form does not hold."""
 
     rotation: Rotation
     changed: float

@@ -30,10 +30,13 @@ def read_adapter(contents: Contents, options: ReadOptions) -> Adapter:
         some = ", ".join(list(contents.tensors)[:3]) or "nothing"
         lora = any(part in key for key in contents.tensors for part in LORA)
         raise AdapterError(
-            f"{contents.name!r} is no orthogonal adapter: it holds {some}, ...{' That is a LoRA: use Load LoRA' if lora else ''}"
+            f"{contents.name!r} is no orthogonal adapter: it holds {some}, "
+            f"...{' That is a LoRA: use Load LoRA' if lora else ''}"
         )
     if len(found) > 1:
-        raise AdapterError(f"{contents.name!r} holds two layouts at once, {' and '.join(found)}: it was put together wrongly")
+        raise AdapterError(
+            f"{contents.name!r} holds two layouts at once, {' and '.join(found)}: it was put together wrongly"
+        )
     return next(iter(found.values())).read(contents, options)
 
 

@@ -18,7 +18,8 @@ class HintNetwork(nn.Module):
     """Pictures (B, 3, 8h, 8w) in 0..1 to features (B, C, h, w): convolutions of 3x3 with SiLU between them."""
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        """From the tensors of a checkpoint, ``0.weight``, ``0.bias``, ``2.weight``, ... Raises AdapterError if they are others."""
+        """From the tensors of a checkpoint, ``0.weight``, ``0.bias``, ``2.weight``, ... Raises AdapterError if they are
+        others."""
         super().__init__()
         self.convolutions = nn.ModuleList()
         channels = 3
@@ -26,7 +27,9 @@ class HintNetwork(nn.Module):
             weight, bias = tensors.get(f"{2 * i}.weight"), tensors.get(f"{2 * i}.bias")
             if weight is None or bias is None or weight.ndim != 4 or tuple(weight.shape[1:]) != (channels, 3, 3):
                 found = "missing" if weight is None or bias is None else str(tuple(weight.shape))
-                raise AdapterError(f"the hint network's layer {2 * i} is {found}: expected a 3x3 convolution of {channels} channels")
+                raise AdapterError(
+                    f"the hint network's layer {2 * i} is {found}: expected a 3x3 convolution of {channels} channels"
+                )
             layer = nn.Conv2d(channels, len(weight), 3, padding=1, stride=2 if i in HALVED else 1)
             layer.load_state_dict({"weight": weight, "bias": bias})
             self.convolutions.append(layer)

@@ -60,7 +60,7 @@ def neumann_coefficients(terms: int, *, last_doubled: bool) -> tuple[float, ...]
 def butterfly(blocks: Tensor, rows: Tensor) -> Tensor:
     """BOFT: ``rows`` (out, k) turned by stages of blocks (m, n, b, b), between which rows change places.
 
-    In stage i the rows are regrouped (c 2 k) -> (c k 2) with k = 2^i b / 2, so that each block mixes rows that are far apart.
+    In stage i the rows are regrouped (c 2 k) -> (c k 2) with k = 2^i b / 2, so that blocks mix rows far apart.
     """
     for i, stage in enumerate(blocks):
         n, b, _ = stage.shape

@@ -60,12 +60,14 @@ class Rotation:
                 raise AdapterError(f"{name}: {what} holds NaN or infinite values: the training it comes from broke down")
         if self.q.numel() and float(self.q.abs().max()) > LARGEST_Q:
             raise AdapterError(
-                f"{name}: |Q| is {float(self.q.abs().max()):.3g}, more than {LARGEST_Q:g}, where every turn is nearly one by 180 "
-                "degrees: the file is damaged, or means something else"
+                f"{name}: |Q| is {float(self.q.abs().max()):.3g}, more than {LARGEST_Q:g}, where every turn is nearly one "
+                "by 180 degrees: the file is damaged, or means something else"
             )
         stages, n, b = (self.q.shape[0] if self.is_butterfly else 0), self.q.shape[-3], self.block_size
         if stages and (b % 2 or (n * b) % (2 ** (stages - 1) * b)):
-            raise AdapterError(f"{name}: {stages} butterfly stages of {n} blocks of {b}: b must be even, and 2^(m-1) divide n")
+            raise AdapterError(
+                f"{name}: {stages} butterfly stages of {n} blocks of {b}: b must be even, and 2^(m-1) divide n"
+            )
 
     def fitted(self, shape: tuple[int, ...], name: str) -> Rotation:
         """The rotation for a weight of this shape. Raises AdapterError if it does not fit."""
@@ -79,8 +81,8 @@ class Rotation:
             n = self.q.shape[-3]
             raise AdapterError(
                 f"{name}: {'a shared block' if self.shared else f'{n} blocks'} of {self.block_size} for {wanted} {where} "
-                f"(the weight is {' x '.join(map(str, shape))}): trained on another kind of model (SD1.5 has a context of 768, "
-                "SDXL of 2048)"
+                f"(the weight is {' x '.join(map(str, shape))}): trained on another kind of model (SD1.5 has a context of "
+                "768, SDXL of 2048)"
             )
         if self.magnitudes is not None and self.magnitudes.numel() != shape[0]:
             raise AdapterError(f"{name}: {self.magnitudes.numel()} magnitudes for {shape[0]} outputs")

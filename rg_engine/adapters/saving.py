@@ -53,7 +53,9 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     except (OSError, SafetensorError) as error:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise AdapterError(f"adapter {path.name!r} can't be written ({error}): free some space in {path.parent.name}") from error
+        raise AdapterError(
+            f"adapter {path.name!r} can't be written ({error}): free some space in {path.parent.name}"
+        ) from error
 
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

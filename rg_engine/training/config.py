@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -83,9 +84,9 @@ def read_config(path: Path) -> TrainingConfig:
     return read_table(path, TrainingConfig, TrainingSettings, required=("kind", "out"))
 
 
-def read_table(path: Path, config: type[Config], settings: type[Any], required: tuple[str, ...]) -> Config:
-    """Read a file of settings, of ``config`` itself and of its field ``settings``, side by side; folders in it are relative to
-    it. Raises TrainingError for what it does not know or can't read."""
+def read_table(path: Path, config: Callable[..., Config], settings: Callable[..., Any], required: tuple[str, ...]) -> Config:
+    """Read a file of settings, of ``config`` itself and of its field ``settings``, side by side; folders in it are relative
+    to it. Raises TrainingError for what it does not know or can't read."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -94,8 +95,8 @@ def read_table(path: Path, config: type[Config], settings: type[Any], required: 
         raise TrainingError(f"the config {path.name!r} is neither YAML nor JSON: {error}") from error
     if not isinstance(given, dict):
         raise TrainingError(f"the config {path.name!r} holds no settings: expected lines such as '{required[0]}: ...'")
-    own = {field.name: field for field in dataclasses.fields(config) if field.name != "settings"}
-    training = {field.name: field for field in dataclasses.fields(settings)}
+    own = {field.name: field for field in _fields(config) if field.name != "settings"}
+    training = {field.name: field for field in _fields(settings)}
     unknown = [str(key) for key in given if key not in own and key not in training]
     if unknown:
         raise TrainingError(
@@ -111,6 +112,10 @@ def read_table(path: Path, config: type[Config], settings: type[Any], required: 
         **{key: value for key, value in values.items() if key in own},
         settings=settings(**{key: value for key, value in values.items() if key in training}),
     )
+
+
+def _fields(table: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(table)
 
 
 def _typed(key: str, value: Any, kind: str, folder: Path) -> Any:

@@ -1,6 +1,7 @@
 """The loop of every training: of a head, of the demo model's parts, of an adapter's parameters on a frozen backbone.
 
-AdamW with a warm-up, then falling to 0 as a cosine, or constant; a moving average of the weights, which is what a training gives.
+AdamW with a warm-up, then falling to 0 as a cosine, or constant; a moving average of the weights, which is what a training
+gives.
 """
 
 from __future__ import annotations

@@ -224,7 +224,7 @@ def test_resumed_is_uninterrupted_to_the_bit(tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     training(checkpoint=tmp_path / "c").run()
-    with pytest.raises(TrainingError, match="belongs to another training.*learning_rate"):
+    with pytest.raises(TrainingError, match=r"belongs to another training.*learning_rate"):
         training(checkpoint=tmp_path / "c", learning_rate=0.01).run()
 
 

@@ -241,7 +241,9 @@ def test_a_control_checkpoint_gives_a_control_net(folder):
     assert features_error < 1e-5 * float(wanted["hint_features"].abs().max())
     turned.patch_model()
     network = turned.model.diffusion_model
-    out = network(x, given["timestep"].expand(2), context=given["context"], control={k: list(v) for k, v in features.items()})
+    out = network(
+        x, given["timestep"].expand(2), context=given["context"], control={k: list(v) for k, v in features.items()}
+    )
     turned.unpatch_model()
     assert error(out, wanted["unet.out_with_hint"]) < 1e-5
 
@@ -278,7 +280,9 @@ def test_code_in_a_file_is_not_run(folder, tmp_path, monkeypatch):
     assert not (tmp_path / "executed.txt").exists()
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "..\\secret.safetensors", "{tmp}/secret.safetensors", "nothing.bin"])
+@pytest.mark.parametrize(
+    "name", ["../secret.safetensors", "..\\secret.safetensors", "{tmp}/secret.safetensors", "nothing.bin"]
+)
 def test_a_path_instead_of_a_name(folder, tmp_path, name):
     with refused("no adapter named"):
         load(model(), name.format(tmp=tmp_path))

@@ -8,17 +8,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from comfyui_host import engine
-from PIL import Image
 from command_line import run
+from PIL import Image
 
 STEPS = 4
 
 
 def config(folder: Path, out: str, **changed: object) -> Path:
     values = {
-        "out": out, "pictures": "pictures", "prompt": "captions", "class_pictures": "class", "class_prompt": "a figure", "size": 64,
-        "steps": STEPS, "batch": 4, "learning_rate": "1e-3", "blocks": 8, "coft_eps": "1e-3", "validation_share": 0.25,
-        "validate_every": 2, "device": "cpu", **changed,
+        "out": out, "pictures": "pictures", "prompt": "captions", "class_pictures": "class", "class_prompt": "a figure",
+        "size": 64, "steps": STEPS, "batch": 4, "learning_rate": "1e-3", "blocks": 8, "coft_eps": "1e-3", "validation_share":
+        0.25, "validate_every": 2, "device": "cpu", **changed,
     }  # fmt: skip
     path = folder / f"{Path(out).stem}.yaml"
     path.write_text("".join(f"{key}: {value}\n" for key, value in values.items()), encoding="utf-8")
@@ -65,7 +65,15 @@ def test_an_adapter_is_trained_from_folders(comfyui, alone):
 def test_two_processes_have_the_loss_curve_and_the_adapter_of_one(comfyui, data, alone):
     path = config(data, "two/subject.safetensors")
     ended = run(
-        "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "rg_engine", "train-oft", "--config", str(path)
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "rg_engine",
+        "train-oft",
+        "--config",
+        str(path),
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     assert losses(data / "two" / "subject.jsonl") == pytest.approx(losses(alone / "subject.jsonl"), rel=1e-5)

@@ -46,8 +46,8 @@ def train(patcher, **changed):
     values = {
         "positive": prompt(), "latents": latents(), "steps": 4, "learning_rate": 1e-2, "batch_size": 2, "blocks": 4,
         "block_size": 0, "coft_eps": 0.0, "layers": "attention", "prior_weight": 1.0, "weight_decay": 0.01, "accumulate": 1,
-        "ema": 0.5, "schedule": "cosine", "memory": "full", "precision": "fp32", "validation_share": 0.0, "validate_every": 2,
-        "preview_every": 0, "seed": 3, "checkpoint": "", **changed,
+        "ema": 0.5, "schedule": "cosine", "memory": "full", "precision": "fp32", "validation_share": 0.0, "validate_every":
+        2, "preview_every": 0, "seed": 3, "checkpoint": "", **changed,
     }  # fmt: skip
     return node("RG_TrainOFT", model=patcher, **values)
 
@@ -185,7 +185,9 @@ def test_the_loss_falls():
     learning, train_module = engine("adapters.learning"), engine("comfy_host.adapters.training.train")
     with torch.inference_mode(False):
         examples = learning.AdapterExamples(latents=latents()["samples"].clone())
-    settings = learning.OftSettings(steps=40, batch=4, learning_rate=0.02, warm_up=1, validate_every=10, validation_share=0.25)
+    settings = learning.OftSettings(
+        steps=40, batch=4, learning_rate=0.02, warm_up=1, validate_every=10, validation_share=0.25
+    )
     _, history, _ = train_module.train_adapter(model(), examples, settings, positive=prompt())
     first, last = (sum(loss for _, loss, _ in part) / 10 for part in (history[:10], history[-10:]))
     assert last < first
@@ -337,7 +339,9 @@ def trained(comfyui):
 
 
 def save(oft, form: str, patcher=None, **changed) -> str:
-    return node("RG_SaveOFT", oft=oft, name="subject", format=form, precision="fp32", overwrite=False, model=patcher, **changed)
+    return node(
+        "RG_SaveOFT", oft=oft, name="subject", format=form, precision="fp32", overwrite=False, model=patcher, **changed
+    )
 
 
 @pytest.mark.parametrize("form", ["native", "authors", "PEFT"])
@@ -369,6 +373,7 @@ def test_the_difference_loads_in_stock_comfyui(home, trained):
 def test_what_turns_outputs_loads_in_stock_comfyui(home, folder):
     import comfy.sd
     import comfy.utils
+
     patcher, oft = model(), adapter(folder)
     oft = engine("adapters").Adapter(layout=oft.layout, layers=oft.layers)  # without what ComfyUI adds to biases
     wanted = output(node("RG_LoadOFT", model=patcher, file="none", strength=1.0, oft=oft)[0])
@@ -406,7 +411,9 @@ def test_polynomials_are_written_as_they_are(home, folder, form):
     assert error(output(loaded), golden(folder)["unet.out"]) < 1e-5
 
 
-@pytest.mark.parametrize("folder", ["lycoris_boft_rescaled", "kohya_sd15", "authors_control_norm", "comfyui_trained", "peft_0_13"])
+@pytest.mark.parametrize(
+    "folder", ["lycoris_boft_rescaled", "kohya_sd15", "authors_control_norm", "comfyui_trained", "peft_0_13"]
+)
 def test_a_native_file_holds_everything(home, folder):
     patcher = model()
     name = save(adapter(folder), "native")
@@ -442,7 +449,7 @@ def test_a_full_disk(home, trained, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(engine("adapters.saving"), "save_file", full)
-    with pytest.raises(engine("errors").AdapterError, match="No space left.*free some space"):
+    with pytest.raises(engine("errors").AdapterError, match=r"No space left.*free some space"):
         save(trained[1], "native")
     assert list(home.iterdir()) == []
 

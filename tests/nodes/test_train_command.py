@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_line import run
 from comfyui_host import engine
+from command_line import run
 from PIL import Image
 
 STEPS = 5

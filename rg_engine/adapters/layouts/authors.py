@@ -25,10 +25,15 @@ def read(contents: Contents, options: ReadOptions) -> Adapter:
         if ".oft_is_coft" in parts:
             told = float(parts[".oft_eps"]) if bool(parts[".oft_is_coft"]) else 0.0
             if eps:
-                notes.add(f"coft_eps {eps:g} is not used: the file says {f'COFT with {told:.6g}' if told else 'plain OFT'} itself")
+                notes.add(
+                    f"coft_eps {eps:g} is not used: the file says {f'COFT with {told:.6g}' if told else 'plain OFT'} itself"
+                )
             eps = told
         elif not eps:
-            notes.add("the file does not say whether it is COFT: it is read as plain OFT. If it was trained with COFT, give coft_eps")
+            notes.add(
+                "the file does not say whether it is COFT: it is read as plain OFT. If it was trained with COFT, give "
+                "coft_eps"
+            )
         if eps:
             r = project(r, coft_bound(eps, *r.shape[:2]))
         layers.append(Layer(key=key, rotation=Rotation(q=-skew(r) / 2, side="in")))
@@ -41,7 +46,9 @@ def write(layers: Sequence[Named]) -> dict[str, Tensor]:
     for layer in layers:
         found = re.fullmatch(r"(.+)\.(to_[qkv]|to_out\.0)", layer.diffusers or "")
         if found is None:
-            raise AdapterError(f"the authors' files hold diffusers' attention layers only, and {layer.key} is none: save it as native")
+            raise AdapterError(
+                f"the authors' files hold diffusers' attention layers only, and {layer.key} is none: save it as native"
+            )
         check_plain(layer, "the authors' files", side="in")
         key = f"{found[1]}.processor.{found[2].removesuffix('.0')}_oft"
         q = layer.rotation.q.expand(layer.shape[1] // layer.rotation.block_size, -1, -1)  # a shared block as many
@@ -52,4 +59,6 @@ def write(layers: Sequence[Named]) -> dict[str, Tensor]:
     return tensors
 
 
-LAYOUT = Layout(name="authors", claims=lambda key: "_oft." in key and ".processor." in key and key.endswith(ENDINGS), read=read)
+LAYOUT = Layout(
+    name="authors", claims=lambda key: "_oft." in key and ".processor." in key and key.endswith(ENDINGS), read=read
+)

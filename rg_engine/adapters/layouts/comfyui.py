@@ -14,7 +14,9 @@ ADDED = (".diff", ".diff_b")
 def read(contents: Contents, options: ReadOptions) -> Adapter:
     added = {key: tensor for key, tensor in contents.tensors.items() if key.endswith(ADDED)}
     turned = {key: tensor for key, tensor in contents.tensors.items() if key not in added}
-    layers = layers_of(dataclasses.replace(contents, tensors=turned), per_output=False, endings=(".oft_blocks", ".alpha", ".rescale"))
+    layers = layers_of(
+        dataclasses.replace(contents, tensors=turned), per_output=False, endings=(".oft_blocks", ".alpha", ".rescale")
+    )
     return Adapter(layout=LAYOUT.name, layers=layers, added=added, notes=unused(options))
 
 

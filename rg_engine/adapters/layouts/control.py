@@ -15,8 +15,10 @@ from ..rotation import Rotation
 HINT = "control_model.input_hint_block."
 TURNED = re.compile(r"model\.diffusion_model\.(.+)\.(R|scaling_factors)")
 #: A layer's frozen weight, and the rest of the checkpoint: what the loaded model has itself.
-FROZEN = re.compile(r".+\.OFT\.(weight|bias)|(model\.diffusion_model|model_ema|control_model|first_stage_model|cond_stage_model)\..+"
-                    r"|[^.]+")  # fmt: skip
+FROZEN = re.compile(
+    r".+\.OFT\.(weight|bias)|[^.]+"
+    r"|(model\.diffusion_model|model_ema|control_model|first_stage_model|cond_stage_model)\..+"
+)
 CONVOLUTION = re.compile(r"\.(in_layers\.2|out_layers\.3|skip_connection|op|input_blocks\.0\.0|diffusion_model\.out\.2)$")
 
 
@@ -53,8 +55,8 @@ def _layer(contents: Contents, key: str, parts: dict[str, Tensor], eps: float) -
     r = r[None] if shared else r
     if convolution and not eps:
         raise AdapterError(
-            f"{contents.name!r} turns the convolution {key}, which the authors' code always limits as COFT does: give coft_eps, "
-            "the number of its training"
+            f"{contents.name!r} turns the convolution {key}, which the authors' code always limits as COFT does: give "
+            "coft_eps, the number of its training"
         )
     if eps:
         r = project(r, coft_bound(eps, *r.shape[:2]))

@@ -44,7 +44,11 @@ def layers_of(contents: Contents, *, per_output: bool, endings: tuple[str, ...] 
 
 
 def unused(options: ReadOptions) -> tuple[str, ...]:
-    return (f"coft_eps {options.coft_eps:g} is not used: this layout has its own limit in the file",) if options.coft_eps else ()
+    return (
+        (f"coft_eps {options.coft_eps:g} is not used: this layout has its own limit in the file",)
+        if options.coft_eps
+        else ()
+    )
 
 
 def _rescale(contents: Contents, key: str, parts: dict[str, Tensor]) -> Tensor | None:
@@ -53,8 +57,8 @@ def _rescale(contents: Contents, key: str, parts: dict[str, Tensor]) -> Tensor |
         return None
     if rescale.ndim < 2:
         raise AdapterError(
-            f"{contents.name!r}: {key}.rescale has the shape {tuple(rescale.shape)}, as LyCORIS 2.1 saved it, which multiplied "
-            "inputs: expected (outputs, 1). Convert the file with LyCORIS"
+            f"{contents.name!r}: {key}.rescale has the shape {tuple(rescale.shape)}, as LyCORIS 2.1 saved it, which "
+            "multiplied inputs: expected (outputs, 1). Convert the file with LyCORIS"
         )
     return rescale.float().reshape(-1, 1)
 
@@ -82,7 +86,9 @@ def write(layers: Sequence[Named]) -> dict[str, Tensor]:
         rotation = layer.rotation
         n, b = rotation.q.shape[-3:-1]
         if not rotation.is_butterfly and b > n:
-            raise AdapterError(f"LyCORIS takes blocks no larger than their number, and {layer.key} has {n} of {b}: save it as native")
+            raise AdapterError(
+                f"LyCORIS takes blocks no larger than their number, and {layer.key} has {n} of {b}: save it as native"
+            )
         key = f"lycoris_{(layer.diffusers or layer.own).replace('.', '_')}"
         tensors[f"{key}.oft_blocks"] = (rotation.q if rotation.is_butterfly else -rotation.q) / 2
         tensors[f"{key}.alpha"] = torch.tensor(0.0)

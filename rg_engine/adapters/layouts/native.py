@@ -1,4 +1,4 @@
-"""This project's own: skew blocks as triangles, in the convention of :class:`Rotation`, and in the metadata what they can't say."""
+"""This project's own: triangles of skew blocks, in the convention of :class:`Rotation`; its metadata says the rest."""
 
 from __future__ import annotations
 
@@ -25,9 +25,13 @@ def read(contents: Contents, options: ReadOptions) -> Adapter:
         described = json.loads(contents.metadata[METADATA_KEY])
         version, told, facts = described["version"], described["layers"], dict(described["facts"])
     except (KeyError, ValueError, TypeError) as error:
-        raise AdapterError(f"{contents.name!r} has lost its metadata ({METADATA_KEY}), without which it can't be read") from error
+        raise AdapterError(
+            f"{contents.name!r} has lost its metadata ({METADATA_KEY}), without which it can't be read"
+        ) from error
     if version != VERSION:
-        raise AdapterError(f"{contents.name!r} has OFT format {version}; this version reads {VERSION}: update this extension")
+        raise AdapterError(
+            f"{contents.name!r} has OFT format {version}; this version reads {VERSION}: update this extension"
+        )
     beside = {key: value for key, value in contents.tensors.items() if key.endswith(ADDED) or key.startswith(HINT)}
     layers = []
     for key, entry in told.items():
@@ -36,7 +40,9 @@ def read(contents: Contents, options: ReadOptions) -> Adapter:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, AdapterError):
                 raise
-            raise AdapterError(f"{contents.name!r} is damaged: {key} is not as its metadata describes it ({error})") from error
+            raise AdapterError(
+                f"{contents.name!r} is damaged: {key} is not as its metadata describes it ({error})"
+            ) from error
         layers.append(Layer(key=key.partition("#")[0], rotation=rotation))
     return Adapter(
         layout=LAYOUT.name, layers=tuple(layers), facts=facts,
@@ -72,14 +78,19 @@ def _described(rotation: Rotation) -> dict[str, Any]:
 
 
 def _rotation(contents: Contents, key: str, entry: Mapping[str, Any]) -> Rotation:
-    v, b, magnitudes = contents.tensors[key + TRIANGLE].float(), int(entry["block_size"]), contents.tensors.get(key + MAGNITUDES)
+    v, b, magnitudes = (
+        contents.tensors[key + TRIANGLE].float(),
+        int(entry["block_size"]),
+        contents.tensors.get(key + MAGNITUDES),
+    )
     if entry["side"] not in ("in", "out", "memory") or v.shape[-1] != b * (b - 1) // 2 or v.ndim not in (2, 3):
         raise ValueError(f"side {entry['side']!r}, triangles {tuple(v.shape)} of blocks of {b}")
     rows = entry.get("rows")
     return Rotation(
         q=from_triangle(v, b), side=entry["side"], shared=bool(entry.get("shared")),
         series=tuple(float(c) for c in entry.get("series", ())), rows=None if rows is None else (int(rows[0]), int(rows[1])),
-        magnitudes=None if magnitudes is None else magnitudes.float(), convolutions_back=bool(entry.get("convolutions_back")),
+        magnitudes=None if magnitudes is None else magnitudes.float(),
+        convolutions_back=bool(entry.get("convolutions_back")),
     )  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""OneTrainer (OFT_2): PEFT's triangles as a polynomial of five terms near Cayley(+Q), side in; convolutions W B, not W B^T."""
+"""OneTrainer (OFT_2): PEFT's triangles, a polynomial of five terms near Cayley(+Q), side in; convolutions turn back."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def write(layers: Sequence[Named]) -> dict[str, Tensor]:
         size = float(torch.linalg.matrix_norm(layer.rotation.q, 2).max())
         if layer.rotation.series != SERIES and (layer.rotation.series or size > LARGEST_Q):
             raise AdapterError(
-                f"OneTrainer's polynomial is not this rotation ({layer.key} has |Q| {size:.2g}, above {LARGEST_Q}): save it as PEFT, "
-                "authors or native, which hold it exactly"
+                f"OneTrainer's polynomial is not this rotation ({layer.key} has |Q| {size:.2g}, above {LARGEST_Q}): save it "
+                "as PEFT, authors or native, which hold it exactly"
             )
         q = -layer.rotation.q if len(layer.shape) > 2 else layer.rotation.q
         tensors[f"lora_unet_{(layer.diffusers or layer.own).replace('.', '_')}.oft_R.weight"] = triangle(q)

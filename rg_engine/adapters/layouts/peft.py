@@ -1,7 +1,7 @@
 """PEFT: ``base_model.model.`` names with an adapter_config.json beside them, which decides which way the numbers turn.
 
-From 0.16 on ``.oft_R.weight`` [n, b (b - 1) / 2], side in: a polynomial near Cayley(+Q), or Cayley(-Q). 0.14 and 0.15 ``.oft_r``
-with ``.oft_s``, side in; up to 0.13 ``.oft_r`` alone, side out.
+From 0.16 on ``.oft_R.weight`` [n, b (b - 1) / 2], side in: a polynomial near Cayley(+Q), or Cayley(-Q). 0.14 and 0.15
+``.oft_r`` with ``.oft_s``, side in; up to 0.13 ``.oft_r`` alone, side out.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ def read(contents: Contents, options: ReadOptions) -> Adapter:
     if contents.config is None:
         if options.convention == "auto":
             raise AdapterError(
-                f"{contents.name!r} is PEFT's, and its adapter_config.json is not beside it: the same numbers turn one way or the "
-                "other. Put the file there, or choose convention: neumann (PEFT's default) or cayley"
+                f"{contents.name!r} is PEFT's, and its adapter_config.json is not beside it: the same numbers turn one way "
+                "or the other. Put the file there, or choose convention: neumann (PEFT's default) or cayley"
             )
         neumann, doubled = options.convention == "neumann", False
         notes.append(f"without adapter_config.json: read as {options.convention} of PEFT 0.18 or later")
@@ -75,8 +75,8 @@ def _old(contents: Contents, found: Mapping[str, Mapping[str, Tensor]], config: 
 
 
 def write(layers: Sequence[Named]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and adapter_config.json: side in, exact as Cayley(-Q), or as the polynomial that it was. Raises AdapterError if
-    the layers differ in what PEFT has one setting for."""
+    """Tensors and adapter_config.json: side in, exact as Cayley(-Q), or as the polynomial that it was. Raises AdapterError
+    if the layers differ in what PEFT has one setting for."""
     for layer in layers:
         check_plain(layer, "PEFT's files", side="in", series=True)
     rotations = [layer.rotation for layer in layers]
@@ -91,14 +91,16 @@ def write(layers: Sequence[Named]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if coefficients and neumann_coefficients(terms, last_doubled=False) != coefficients:
         raise AdapterError("it is a polynomial that PEFT no longer has (before 0.18): save it as native")
     config = {
-        "peft_type": "OFT", "peft_version": "0.18.0", "bias": "none", "block_share": next(iter(shared)), "coft": False, "eps": 6e-5,
-        "fan_in_fan_out": False, "inference_mode": True, "init_weights": True, "module_dropout": 0.0,
+        "peft_type": "OFT", "peft_version": "0.18.0", "bias": "none", "block_share": next(iter(shared)), "coft": False,
+        "eps": 6e-5, "fan_in_fan_out": False, "inference_mode": True, "init_weights": True, "module_dropout": 0.0,
         "num_cayley_neumann_terms": terms, "use_cayley_neumann": bool(coefficients),
         "oft_block_size": next(iter(sizes)) if len(sizes) == 1 else 0, "r": next(iter(counts)) if len(sizes) > 1 else 0,
         "target_modules": [layer.diffusers or layer.own for layer in layers],
     }  # fmt: skip
     sign = 1.0 if coefficients else -1.0
-    return {f"{PREFIX}{layer.diffusers or layer.own}.oft_R.weight": sign * triangle(layer.rotation.q) for layer in layers}, config
+    return {
+        f"{PREFIX}{layer.diffusers or layer.own}.oft_R.weight": sign * triangle(layer.rotation.q) for layer in layers
+    }, config
 
 
 LAYOUT = Layout(

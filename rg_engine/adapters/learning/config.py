@@ -15,7 +15,8 @@ class OftConfig:
     """What to train an adapter on, and where to put it.
 
     out: its ``.safetensors``. model: a checkpoint's path, or ``demo``. pictures: a folder of the subject; prompt: of every
-    picture, or ``captions`` for the text file beside each. class_pictures, class_prompt: of its class, for prior preservation.
+    picture, or ``captions`` for the text file beside each. class_pictures, class_prompt: of its class, for prior
+    preservation.
     size: of the pictures in pixels, cropped about their centre. light: transformer blocks run again in backward, in less
     memory. device: auto or cpu. Everything else is :class:`OftSettings`.
     """

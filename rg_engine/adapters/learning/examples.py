@@ -1,4 +1,4 @@
-"""What an adapter learns from, and which of it a step sees, how noisy and with which noise. All of it follows from the seed."""
+"""What an adapter learns from, and what of it a step sees, how noisy, with which noise: all of it follows from the seed."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class Noisy:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class AdapterExamples:
-    """latents (M, C, h, w) of the subject's pictures; of its class, for prior preservation. Raises TrainingError if they can't
-    be learned from."""
+    """latents (M, C, h, w) of the subject's pictures; of its class, for prior preservation. Raises TrainingError if they
+    can't be learned from."""
 
     latents: Tensor
     class_latents: Tensor | None = None
@@ -47,8 +47,8 @@ class AdapterExamples:
                 raise TrainingError(f"{what} hold NaN or infinite values: look at the node before")
         if self.class_latents is not None and self.class_latents.shape[1:] != self.latents.shape[1:]:
             raise TrainingError(
-                f"the class latents are {tuple(self.class_latents.shape[1:])} and the latents {tuple(self.latents.shape[1:])}: "
-                "make both of one size, with one VAE"
+                f"the class latents are {tuple(self.class_latents.shape[1:])} and the latents "
+                f"{tuple(self.latents.shape[1:])}: make both of one size, with one VAE"
             )
 
     def split(self, share: float) -> tuple[list[int], list[int]]:

@@ -52,15 +52,17 @@ class OftSettings:
                             ("validate_every", 0), ("patience", 0), ("seed", 0)):  # fmt: skip
             if getattr(self, name) < least:
                 raise TrainingError(f"{name} is {getattr(self, name)}: it must be {least} or more")
-        for name, high in (("learning_rate", 10.0), ("coft_eps", math.inf), ("prior_weight", math.inf), ("weight_decay", 1.0),
-                           ("ema", 1.0), ("validation_share", 0.5)):  # fmt: skip
+        for name, high in (("learning_rate", 10.0), ("coft_eps", math.inf), ("prior_weight", math.inf),
+                           ("weight_decay", 1.0), ("ema", 1.0), ("validation_share", 0.5)):  # fmt: skip
             value = getattr(self, name)
             if not 0 <= value <= high or math.isinf(value):
                 raise TrainingError(f"{name} is {value:g}: it must be between 0 and {high:g}")
         if self.layers not in LAYERS:
             raise TrainingError(f"layers is {self.layers!r}: expected one of {', '.join(LAYERS)}")
         if self.block_size == 1:
-            raise TrainingError("block_size is 1, and a block of one number turns nothing: give 2 or more, or 0 for by number")
+            raise TrainingError(
+                "block_size is 1, and a block of one number turns nothing: give 2 or more, or 0 for by number"
+            )
         if self.batch % self.accumulate:
             raise TrainingError(f"a batch of {self.batch} can't be divided into {self.accumulate} microbatches")
 

@@ -1,4 +1,5 @@
-"""The training of an adapter: the loop of every training, with the frozen model's own loss on the subject and on its class."""
+"""The training of an adapter: the loop of every training, with the frozen model's own loss on the subject and on its
+class."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from .examples import AdapterExamples, Noisy
 from .settings import OftSettings
 from .turns import Turns
 
-#: The frozen model's squared error, (n,), in the units of what its network predicts, with the turns in force: of pictures, or
+#: The frozen model's squared error, (n,), in the units of what its network predicts, with the turns in force: of pictures,
+#: or
 #: of pictures of the class.
 Loss = Callable[[Turns, Noisy, bool], Tensor]
 

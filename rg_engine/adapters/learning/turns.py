@@ -1,4 +1,5 @@
-"""What learns: the upper triangles of skew Q, from 0, in blocks that turn the inputs of frozen layers (equation 6 of OFT)."""
+"""What learns: the upper triangles of skew Q, from 0, in blocks that turn the inputs of frozen layers (equation 6 of
+OFT)."""
 
 from __future__ import annotations
 

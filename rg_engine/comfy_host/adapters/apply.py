@@ -35,7 +35,9 @@ def fit(adapter: Adapter, model: Any, clip: Any = None) -> Fit:
     """Find each layer's weight. Raises AdapterError if none is found, or one does not fit its weight; nothing is changed."""
     names, shapes = WeightNames(model, clip), {}
     for owner in (model.model, None if clip is None else clip.cond_stage_model):
-        shapes[owner is not model.model] = {} if owner is None else {k: tuple(_shape(v)) for k, v in owner.state_dict().items()}
+        shapes[owner is not model.model] = (
+            {} if owner is None else {k: tuple(_shape(v)) for k, v in owner.state_dict().items()}
+        )
     layers, unused = [], []
     for layer in adapter.layers:
         place, of_clip = names.model_place(layer), False
@@ -48,7 +50,9 @@ def fit(adapter: Adapter, model: Any, clip: Any = None) -> Fit:
         if rows is not None:
             place = (place[0], (0, rows[0] + (place[1][1] if place[1] is not None else 0), rows[1]))
             if sum(rows) > shape[0]:
-                raise AdapterError(f"{layer.key}: for rows up to {sum(rows)}, and {place[0]} has {shape[0]}: another kind of model")
+                raise AdapterError(
+                    f"{layer.key}: for rows up to {sum(rows)}, and {place[0]} has {shape[0]}: another kind of model"
+                )
         if place[1] is not None:
             dimension, _, count = place[1]
             shape = (*shape[:dimension], count, *shape[dimension + 1 :])
@@ -64,8 +68,8 @@ def fit(adapter: Adapter, model: Any, clip: Any = None) -> Fit:
     if not layers:
         flux = any("double_blocks" in key or "single_blocks" in key or "single_transformer_blocks" in key for key in unused)
         raise AdapterError(
-            f"none of its {len(adapter.layers)} layers is in this model (the first: {', '.join(unused[:3])}): it was trained on "
-            f"{'Flux, and this is none' if flux else 'another kind of model'}"
+            f"none of its {len(adapter.layers)} layers is in this model (the first: {', '.join(unused[:3])}): it was "
+            f"trained on {'Flux, and this is none' if flux else 'another kind of model'}"
         )
     return Fit(layers=tuple(layers), added=added, unused=tuple(unused))
 

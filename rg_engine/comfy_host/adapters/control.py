@@ -31,5 +31,7 @@ def control_net(hint: dict[str, Tensor], model: Any) -> Any:
         network = HintNetwork(hint)
     wanted = model.model.model_config.unet_config.get("model_channels")
     if network.features != wanted:
-        raise AdapterError(f"the hint network makes {network.features} channels and the model takes {wanted}: another kind of model")
+        raise AdapterError(
+            f"the hint network makes {network.features} channels and the model takes {wanted}: another kind of model"
+        )
     return T2IAdapter(_Features(network), channels_in=3, compression_ratio=8, upscale_algorithm="nearest-exact")

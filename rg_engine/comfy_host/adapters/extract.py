@@ -43,11 +43,16 @@ def extract_oft(base: Any, changed: Any, layers: str, blocks: int, block_size: i
     share = (left / total) ** 0.5
     flipped, still = (sum(getattr(each, name) for _, each in found) for name in ("flipped", "still"))
     lines = [
-        f"{len(turned)} of {len(before)} layers are turned, by up to {max(largest_angle(each.rotation.q) for each in turned):.1f} degrees",
+        f"{len(turned)} of {len(before)} layers are turned, by up to "
+        f"{max(largest_angle(each.rotation.q) for each in turned):.1f} degrees",
         f"{share:.1%} of the change is no rotation of these blocks"
         + (": an adapter of this kind holds little of it" if share > 0.7 else ""),
     ]
-    lines += [f"{flipped} blocks are nearest to a reflection: their weakest direction was turned the other way"] if flipped else []
+    lines += (
+        [f"{flipped} blocks are nearest to a reflection: their weakest direction was turned the other way"]
+        if flipped
+        else []
+    )
     lines += [f"{still} blocks turn by 180 degrees, which has no Cayley form: left as they are"] if still else []
     report = "\n".join(lines)
     log.info("Extract OFT: %s", report.replace("\n", "; "))
@@ -59,7 +64,9 @@ def _weights(model: Any, layers: str) -> dict[str, Tensor]:
     weights = {}
     for key, value in model.model.state_dict().items():
         own = key.removeprefix(MODEL).removesuffix(".weight")
-        if not (key.startswith(MODEL) and key.endswith(".weight") and value.ndim in (2, 4)) or not re.search(LAYERS[layers], f".{own}"):
+        if not (key.startswith(MODEL) and key.endswith(".weight") and value.ndim in (2, 4)) or not re.search(
+            LAYERS[layers], f".{own}"
+        ):
             continue
         if not value.is_floating_point() or value.is_meta:
             raise AdapterError(f"{key} is quantised: load both models in fp16 or more")

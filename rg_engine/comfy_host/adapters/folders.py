@@ -27,8 +27,8 @@ def find_adapter(name: str) -> str:
             raise AdapterError(f"{name!r} lies outside models/{folder}: copy it there")
         return path
     raise AdapterError(
-        f"there is no adapter named {name!r} in models/oft or models/loras: put the file there, refresh, and choose it by its "
-        "name, not by a path"
+        f"there is no adapter named {name!r} in models/oft or models/loras: put the file there, refresh, and choose it by "
+        "its name, not by a path"
     )
 
 

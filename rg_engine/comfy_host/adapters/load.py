@@ -34,7 +34,9 @@ def load_oft(
     """Everything is read and fitted before anything is changed. Raises AdapterError."""
     if (oft is None) == (file == NONE):
         raise AdapterError(
-            "choose a file, or connect oft (from Train OFT or Extract OFT)" if oft is None else "oft is connected: set file to none"
+            "choose a file, or connect oft (from Train OFT or Extract OFT)"
+            if oft is None
+            else "oft is connected: set file to none"
         )
     adapter = load_adapter(find_adapter(file), options, file) if oft is None else oft
     if orthogonal:

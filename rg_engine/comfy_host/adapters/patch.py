@@ -1,5 +1,5 @@
-"""A rotation as ComfyUI's weight adapter, which its ModelPatcher applies as it applies LoRAs: in memory that is short, in fp8,
-in hooks, and when a checkpoint is saved."""
+"""A rotation as ComfyUI's weight adapter, which its ModelPatcher applies as it applies LoRAs: in memory that is short, in
+fp8, in hooks, and when a checkpoint is saved."""
 
 from __future__ import annotations
 

@@ -49,8 +49,8 @@ def describe(name: str, adapter: Adapter, found: Fit, model: Any, strength: floa
     energies = measure(layers, model, strength)
     if energies is not None:
         lines.append(
-            f"energy of {energies.layers} measured layers: neurons {energies.start:.4f}, drift {energies.rows:.1e}; inputs, drift "
-            f"{energies.columns:.1e}"
+            f"energy of {energies.layers} measured layers: neurons {energies.start:.4f}, drift {energies.rows:.1e}; inputs, "
+            f"drift {energies.columns:.1e}"
         )
     if any(layer.rotation.magnitudes is not None for layer in layers):
         lines.append("with magnitudes: neurons change their lengths as well")
@@ -59,8 +59,8 @@ def describe(name: str, adapter: Adapter, found: Fit, model: Any, strength: floa
     before = [key for key in {layer.place[0] for layer in layers if not layer.of_clip} if model.patches.get(key)]
     if before:
         lines.append(
-            f"{len(before)} of these layers were patched before (a LoRA?): they are turned with it. Put Load OFT first to turn the "
-            "model's own weights alone"
+            f"{len(before)} of these layers were patched before (a LoRA?): they are turned with it. Put Load OFT first to "
+            "turn the model's own weights alone"
         )
     return "\n".join([*lines, *(f"note: {note}" for note in adapter.notes)])
 
@@ -80,6 +80,4 @@ def measure(layers: tuple[Fitted, ...], model: Any, strength: float) -> Energies
     turned = [rotation.turn(w, strength) for w, rotation in seen]
     after = [(hyperspherical_energy(w), hyperspherical_energy(w, "columns")) for w in turned]
     drifts = [(abs(a[0] - b[0]), abs(a[1] - b[1])) for a, b in zip(after, before, strict=True)]
-    return Energies(
-        layers=len(seen), rows=max(d[0] for d in drifts), columns=max(d[1] for d in drifts), start=before[0][0]
-    )
+    return Energies(layers=len(seen), rows=max(d[0] for d in drifts), columns=max(d[1] for d in drifts), start=before[0][0])

@@ -34,7 +34,8 @@ def save_oft(adapter: Adapter, name: str, form: Format, model: Any, precision: s
         found = fit(adapter, model)
         lost = [what for what, there in (
             ("biases and norms that are added to", bool(adapter.added) and form != "difference"),
-            ("a hint network", bool(adapter.hint)), (f"{len(found.unused)} layers that this model does not have", bool(found.unused)),
+            ("a hint network", bool(adapter.hint)),
+            (f"{len(found.unused)} layers that this model does not have", bool(found.unused)),
         ) if there]  # fmt: skip
         if lost:
             raise AdapterError(f"{form} can't hold all of it: it has {' and '.join(lost)}. Save it as native")

@@ -53,11 +53,14 @@ def train_oft_from_files(config: OftConfig) -> None:
             if ranks.first:
                 path = config.out.with_name(f"{config.out.stem}_interrupted.safetensors")
                 save_native(oft, path)
-                print(f"the training broke off after {oft.facts['steps']} steps; its best adapter is {path.name}", flush=True)
+                print(
+                    f"the training broke off after {oft.facts['steps']} steps; its best adapter is {path.name}", flush=True
+                )
 
         oft, history, notes = train_adapter(
-            model, examples, config.settings, positive=positive, class_positive=class_positive, checkpoint=checkpoint, ranks=ranks,
-            graph="light" if config.light else "full", report=report, keep=keep, facts={"model": Path(config.model).name},
+            model, examples, config.settings, positive=positive, class_positive=class_positive, checkpoint=checkpoint,
+            ranks=ranks, graph="light" if config.light else "full", report=report, keep=keep,
+            facts={"model": Path(config.model).name},
         )  # fmt: skip
         if ranks.first:
             save_native(oft, config.out)

@@ -69,8 +69,9 @@ def train_oft_in_graph(
     found = fit(oft, model)
     text = "\n".join([
         describe("Train OFT", oft, found, model, 1.0),
-        f"{oft.facts['steps']} steps in {time.monotonic() - began:.0f} s, {sum(layer.rotation.q.shape[0] for layer in oft.layers)} blocks; "
-        f"loss {history[0][1]:.4g} in the first step, {history[-1][1]:.4g} in the last",
+        f"{oft.facts['steps']} steps in {time.monotonic() - began:.0f} s, "
+        f"{sum(layer.rotation.q.shape[0] for layer in oft.layers)} blocks; loss {history[0][1]:.4g} in the first step, "
+        f"{history[-1][1]:.4g} in the last",
         *(f"note: {note}" for note in notes),
     ])  # fmt: skip
     log.info("Train OFT: %s", text.replace("\n", "; "))

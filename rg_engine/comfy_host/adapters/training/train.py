@@ -43,9 +43,9 @@ def train_adapter(
 ) -> tuple[Adapter, History, list[str]]:  # fmt: skip
     """Train an adapter for ``model`` (a ModelPatcher): it, the history (step, loss, validation), and what was not as asked.
 
-    Args: positive, class_positive, negative: prompts of the pictures, of the class pictures, and of previews' other side (None:
-    empty); report also gets latents of previews; keep is given the best adapter so far if the training breaks off, before the
-    exception goes on. Raises TrainingError.
+    Args: positive, class_positive, negative: prompts of the pictures, of the class pictures, and of previews' other side
+    (None: empty); report also gets latents of previews; keep is given the best adapter so far if the training breaks off,
+    before the exception goes on. Raises TrainingError.
     """
     _check(model, examples, positive, class_positive, settings)
     preview = preview or Preview()
@@ -89,15 +89,19 @@ def _check(model: Any, examples: AdapterExamples, positive: Any, class_positive:
     wanted = model.model.latent_format.latent_channels
     if examples.latents.shape[1] != wanted:
         raise TrainingError(
-            f"the latents have {examples.latents.shape[1]} channels and the model works on {wanted}: encode the pictures with the "
-            "VAE that belongs to the model"
+            f"the latents have {examples.latents.shape[1]} channels and the model works on {wanted}: encode the pictures "
+            "with the VAE that belongs to the model"
         )
     if (examples.class_latents is None) != (class_positive is None):
         missing = "class_latents" if examples.class_latents is None else "class_positive, their prompt,"
-        raise TrainingError(f"prior preservation takes pictures of the class and a prompt for them: connect {missing} as well, or neither")
+        raise TrainingError(
+            f"prior preservation takes pictures of the class and a prompt for them: connect {missing} as well, or neither"
+        )
     pairs = [("the prompt", positive, examples.latents), ("the class prompt", class_positive, examples.class_latents)]
     for what, prompt, latents in pairs:
         rows = {len(context) for context, _ in prompt or []}
         if latents is not None and rows - {1, len(latents)}:
-            raise TrainingError(f"{what} has {max(rows)} rows for {len(latents)} pictures: give one for all of them, or one each")
+            raise TrainingError(
+                f"{what} has {max(rows)} rows for {len(latents)} pictures: give one for all of them, or one each"
+            )
     examples.split(settings.validation_share)

@@ -19,13 +19,14 @@ from ....errors import TrainingError
 from ...guided.attention import ATTENTION
 from ...loaded.frozen_layers import is_known, plain
 from ...loaded.frozen_model import FrozenModel
-from ...loaded.gradient_scope import Graph, GradientScope
+from ...loaded.gradient_scope import GradientScope, Graph
 from ...loaded.saved_tensors import beside_other_nodes
 from ..names import MODEL
 
 
 def trainable(network: nn.Module, layers: str) -> dict[str, int]:
-    """Layers that can learn, by their keys in the model, and how wide their inputs are. Raises TrainingError if there are none.
+    """Layers that can learn, by their keys in the model, and how wide their inputs are. Raises TrainingError if there are
+    none.
 
     Linear layers and convolutions of 1x1: any other convolution turns what its kernel sees, not its input.
     """
@@ -35,7 +36,9 @@ def trainable(network: nn.Module, layers: str) -> dict[str, int]:
         if width and re.search(LAYERS[layers], f".{name}"):
             found[f"{MODEL}{name}"] = width
     if not found:
-        raise TrainingError(f"this model has no layers of the kind {layers!r} that can be turned: choose another of {', '.join(LAYERS)}")
+        raise TrainingError(
+            f"this model has no layers of the kind {layers!r} that can be turned: choose another of {', '.join(LAYERS)}"
+        )
     return found
 
 
@@ -44,14 +47,17 @@ def new_turns(network: nn.Module, settings: OftSettings) -> tuple[Turns, list[st
     blocks = {key: settings.divided(width) for key, width in trainable(network, settings.layers).items()}
     wanted = f"blocks of {settings.block_size}" if settings.block_size else f"{settings.blocks} blocks"
     other = {
-        f"{n} blocks of {b}" for n, b in blocks.values() if (b != settings.block_size if settings.block_size else n != settings.blocks)
+        f"{n} blocks of {b}"
+        for n, b in blocks.values()
+        if (b != settings.block_size if settings.block_size else n != settings.blocks)
     }
     notes = [f"{wanted} don't divide every layer: some have {', '.join(sorted(other))}"] if other else []
     return Turns(blocks, settings.coft_eps), notes
 
 
 class TurnedModel:
-    """The model's loss with turns in force. Open while it is used; everything is as before when it closes, also after an error."""
+    """The model's loss with turns in force. Open while it is used; everything is as before when it closes, also after an
+    error."""
 
     def __init__(self, frozen: FrozenModel, graph: Graph) -> None:
         self._frozen, self._light = frozen, graph == "light"
@@ -92,7 +98,9 @@ class TurnedModel:
             pictures=noisy.pictures, attention=ATTENTION["full"],
         )  # fmt: skip
         sampling, zeros = self._frozen.model_sampling, torch.zeros_like(noised.x)
-        units = sampling.calculate_denoised(noised.sigma, zeros + 1, zeros) - sampling.calculate_denoised(noised.sigma, zeros, zeros)
+        units = sampling.calculate_denoised(noised.sigma, zeros + 1, zeros) - sampling.calculate_denoised(
+            noised.sigma, zeros, zeros
+        )
         with torch.autocast(zeros.device.type, enabled=False):
             return ((caught[0].float() - noised.clean) / units).square().flatten(1).mean(1)
 
