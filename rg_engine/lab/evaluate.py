@@ -29,6 +29,7 @@ from ..types import Mode
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
 from .demo_world import World, demo_head, load_world
 from .evaluate_edits import drags_table, identity_table
+from .evaluate_oft import oft_table
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
 READ_SCENES = 96
@@ -122,6 +123,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "kept_features": kept_features_table,
     "drags": drags_table,
     "identity": identity_table,
+    "oft": oft_table,
 }
 
 

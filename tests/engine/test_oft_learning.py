@@ -31,7 +31,7 @@ RUNS = {kind: [run for run in FACTS if FACTS[run]["optimiser"] == kind] for kind
 def layer_loss(turns: Turns) -> torch.Tensor:
     """The authors' layer alone: mean squared error of the turned layer on X against Y."""
     given = RECORDED
-    (rotation,) = turns.rotations().values()
+    (rotation,) = turns.in_force().values()
     return F.mse_loss(F.linear(turned_input(given["X"], rotation), given["W0"], given["bias"]), given["Y"])
 
 
@@ -185,7 +185,7 @@ def test_a_reflection_is_told():
 
 def target_loss(turns, noisy, of_class):
     """A made-up model: each picture's mean is turned by the rotation."""
-    (rotation,) = turns.rotations().values()
+    (rotation,) = turns.in_force().values()
     x = noisy.latents.flatten(1)[:, :8] + 0.1 * noisy.noise.flatten(1)[:, :8]
     return (turned_input(x, rotation) - x.roll(1, -1)).square().mean(1) * (1 + noisy.time)
 

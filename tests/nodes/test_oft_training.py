@@ -99,7 +99,7 @@ def by_hand(patcher, turns):
     with torch.inference_mode(False), torch.enable_grad():
         state = {key: value.clone() for key, value in patcher.model.diffusion_model.state_dict().items()}
         turns.zero_grad(set_to_none=True)
-        for key, rotation in turns.rotations().items():
+        for key, rotation in turns.in_force().items():
             name = f"{key.removeprefix('diffusion_model.')}.weight"
             state[name] = turn(state[name], rotation, "in")
         draw = learning.AdapterExamples(latents=latents()["samples"].clone()).draw(0, 2, range(4), 0)

@@ -61,10 +61,13 @@ class AdapterTraining:
 
     def best(self) -> Adapter:
         """The average of the triangles, which stays skew and in COFT's ball: at the best validation, or as it is now."""
-        turns, settings = cast(Turns, self._training.best()), self._settings
+        turns, settings = self.best_turns(), self._settings
         kept = ("learning_rate", "batch", "layers", "coft_eps", "prior_weight", "seed")
         facts = {**self._facts, **{name: getattr(settings, name) for name in kept}, "steps": self._training.step}
         return Adapter(layout="trained here", layers=turns.layers(), facts=facts)
+
+    def best_turns(self) -> Turns:
+        return cast(Turns, self._training.best())
 
     def _draw(self, step: int) -> Iterator[tuple[Noisy, Noisy | None]]:
         settings, examples = self._settings, self._examples

@@ -29,7 +29,7 @@ class Turns(nn.Module):
         pairs = zip(self.blocks.items(), self.triangles, strict=True)
         return {key: from_triangle(v, b) for (key, (_, b)), v in pairs}
 
-    def rotations(self) -> dict[str, Tensor]:
+    def in_force(self) -> dict[str, Tensor]:
         """R = Cayley(Q) by layer, differentiable."""
         return {key: cayley(q) for key, q in self.skews().items()}
 

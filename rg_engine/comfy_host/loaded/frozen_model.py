@@ -141,11 +141,12 @@ class FrozenModel:
         comfy.samplers.calc_cond_batch(model, [_prompts_of(self._guider.conds[prompt], pictures)], x, sigma, options)
         return Noised(clean=clean, x=x, sigma=sigma)
 
-    def sample(self, noise: Tensor, steps: int, cfg: float, negative: str) -> Tensor:
-        """Pictures made from noise (n, C, h, w) by Euler's method, as latents of the VAE."""
+    def sample(self, noise: Tensor, steps: int, cfg: float, prompt: str = "positive") -> Tensor:
+        """Pictures made from noise (n, C, h, w) by Euler's method, as latents of the VAE; there has to be a prompt named
+        negative."""
         model, guider = self._guider.inner_model, self._guider
         sigmas = comfy.samplers.calculate_sigmas(model.model_sampling, "normal", steps).to(self.device)
-        before, guider.conds = guider.conds, {**guider.conds, "negative": guider.conds[negative]}
+        before, guider.conds = guider.conds, {**guider.conds, "positive": guider.conds[prompt]}
         guider.set_cfg(cfg)
         try:
             extra = {"model_options": self._options, "seed": 0}

@@ -63,14 +63,14 @@ class TurnedModel:
         self._frozen, self._light = frozen, graph == "light"
         self._scope = GradientScope(frozen.network)
         self._layers = [(f"{MODEL}{name}", module) for name, module in frozen.network.named_modules() if _width(module)]
-        self._rotations: dict[str, Tensor] = {}  # in force now
+        self._in_force: dict[str, Any] = {}  # by layer, now
         self._open = contextlib.ExitStack()
 
     def __enter__(self) -> TurnedModel:
         try:
             self._open.enter_context(self._scope)
             for key, layer in self._layers:
-                self._open.callback(layer.register_forward_pre_hook(self._hook(key, layer)).remove)
+                self._open.callback(self._attach(key, layer).remove)
             for block in self._frozen.network.modules() if self._light else ():
                 if isinstance(block, BasicTransformerBlock):
                     self._open.enter_context(_checkpointed(block))
@@ -81,11 +81,11 @@ class TurnedModel:
 
     def __exit__(self, *_: object) -> None:
         self._open.close()
-        self._rotations.clear()
+        self._in_force.clear()
 
     def loss(self, turns: Turns, noisy: Noisy, of_class: bool) -> Tensor:
         """(n,): the squared error of what the network predicts (noise, v, a flow's velocity: whatever this one does)."""
-        self._rotations = self._now(turns)
+        self._in_force = self._now(turns)
         caught: list[Tensor] = []
 
         def through(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
@@ -104,27 +104,28 @@ class TurnedModel:
         with torch.autocast(zeros.device.type, enabled=False):
             return ((caught[0].float() - noised.clean) / units).square().flatten(1).mean(1)
 
-    def sample(self, turns: Turns, noise: Tensor, steps: int, cfg: float) -> Tensor:
+    def sample(self, turns: Turns, noise: Tensor, steps: int, cfg: float, prompt: str = "positive") -> Tensor:
         """Latents made with the turns in force."""
         with torch.no_grad():
-            self._rotations = self._now(turns)
-            return self._frozen.sample(noise, steps, cfg, "negative")
+            self._in_force = self._now(turns)
+            return self._frozen.sample(noise, steps, cfg, prompt)
 
-    def _now(self, turns: Turns) -> dict[str, Tensor]:
+    def _now(self, turns: Turns) -> dict[str, Any]:
         with torch.autocast(self._frozen.device.type, enabled=False):
-            return turns.rotations()
+            return turns.in_force()
 
-    def _hook(self, key: str, module: nn.Module) -> Any:
-        channels_first = not _is_linear(module)
+    def _attach(self, key: str, layer: nn.Module) -> Any:
+        """What the layer does otherwise while turns are in force; a handle to remove it by."""
+        channels_first = not _is_linear(layer)
 
         def turn(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            rotation = self._rotations.get(key)
+            rotation = self._in_force.get(key)
             if rotation is None:
                 return None
             with torch.autocast(rotation.device.type, enabled=False):
                 return turned_input(args[0], rotation, channels_first), *args[1:]
 
-        return turn
+        return layer.register_forward_pre_hook(turn)
 
 
 @contextlib.contextmanager
