@@ -80,7 +80,7 @@ def run_demo(
         contact_sheet([sheet], 4).save(out / f"{control}.jpg", quality=92)
     for edit in edits or []:
         prompt = read_workflow(REPOSITORY / "example_workflows" / f"{edit}.json")
-        make = training_column if edit == "train_head" else edit_row
+        make = training_column if edit in ("train_head", "oft") else edit_row
         make(executor, prompt).save(out / f"{edit}.jpg", quality=92)
         print(f"wrote {out / edit}.jpg", flush=True)
     (out / "report.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -134,7 +134,7 @@ def edit_row(executor: Executor, prompt: Prompt) -> Image.Image:
 
 def training_column(executor: Executor, prompt: Prompt) -> Image.Image:
     """What a training's workflow shows and saves, one below another, equally wide. The head is not put into the models."""
-    prompt = {key: node for key, node in prompt.items() if node["class_type"] != "RG_SaveReadoutHead"}
+    prompt = {key: node for key, node in prompt.items() if node["class_type"] not in ("RG_SaveReadoutHead", "RG_SaveOFT")}
     shown = executor.run(prompt)
     rows = [_side_by_side(_saved(shown[key])) for key in _nodes(prompt, "PreviewImage", "SaveImage")]
     width = max(row.width for row in rows)
