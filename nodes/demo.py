@@ -85,8 +85,8 @@ class DemoSubject(io.ComfyNode):
             "RG_DemoSubject",
             "Demo Subject",
             aliases=["readout guidance", "demo", "dreambooth", "subject", "train oft"],
-            description="Pictures of one figure that the demo model does not know, to teach it with Train OFT. Its word is teal: "
-            "a teal figure, grey wall.",
+            description="Pictures of one figure that the demo model does not know, to teach it with Train OFT. Its word is "
+            "teal: a teal figure, grey wall.",
             inputs=[
                 io.Int.Input(
                     "seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=True, tooltip="Poses, places and walls."

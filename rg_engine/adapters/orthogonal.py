@@ -72,7 +72,13 @@ def butterfly(blocks: Tensor, rows: Tensor) -> Tensor:
 
 def largest_angle(q: Tensor) -> float:
     """The largest angle by which Cayley(Q) turns anything, in degrees: 2 atan of Q's spectral norm."""
-    return float(2 * torch.rad2deg(torch.atan(torch.linalg.matrix_norm(exact(q), 2).max())))
+    return float(2 * torch.rad2deg(torch.atan(torch.tensor(spectral_norm(q)))))
+
+
+def spectral_norm(q: Tensor) -> float:
+    """The largest of the blocks', from the eigenvalues of Q^T Q, which takes a tenth of an SVD's time."""
+    q = exact(q)
+    return float(torch.linalg.eigvalsh(q.mT @ q).max().clamp_min(0).sqrt())
 
 
 def orthogonality_error(r: Tensor) -> float:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..adapters import turn
 from ..adapters.energy import hyperspherical_energy
 from ..adapters.learning import AdapterExamples, AdapterTraining, OftSettings, Turns
 from ..comfy_host.adapters.training.turning import TurnedModel, new_turns, trainable
@@ -92,13 +93,11 @@ def _rows(
                 made = {text: _sampled(world, model, average, text) for text in (*WITH, *WITHOUT)}
                 recent = [loss for _, loss, _ in training.history[-25:]]
                 numbers = sum(parameter.numel() for parameter in average.parameters())
-                row = {
+                rows.append({
                     "method": method.name, "numbers": numbers, "steps": progress.step, "seconds": round(spent, 1),
-                    "loss": sum(recent) / len(recent), **scores(made, expected),
-                    "energy drift": energy_drift(frozen, average),
-                }  # fmt: skip
-                rows.append({key: round(value, 4) if key in ("loss",) else value for key, value in row.items()})
-                print(rows[-1], flush=True)
+                    "loss": round(sum(recent) / len(recent), 4), **scores(made, expected),
+                    "energy drift": f"{energy_drift(frozen, average):.1e}",
+                })  # fmt: skip
                 began = time.perf_counter()
 
             training.run(look)
@@ -168,15 +167,12 @@ def wall_is(pictures: Tensor, name: str) -> Tensor:
     return (torch.cdist(upper, walls).argmin(1) == list(WALLS).index(name)).float()
 
 
-def energy_drift(frozen: FrozenModel, turns: Any) -> str:
+@torch.no_grad()
+def energy_drift(frozen: FrozenModel, turns: Any) -> float:
     """The largest drift of the neurons' mean energy among four layers."""
     state, drifts = frozen.network.state_dict(), []
-    with torch.no_grad():
-        if isinstance(turns, Turns):
-            pairs = [(layer.key, layer.rotation.turn) for layer in turns.layers()]
-        else:
-            pairs = [(key, lambda w, a=a, b=b: w + b @ a) for key, (a, b) in turns.in_force().items()]
-        for key, change in pairs[:4]:
-            weight = state[f"{key.removeprefix('diffusion_model.')}.weight"].float()
-            drifts.append(abs(hyperspherical_energy(change(weight)) - hyperspherical_energy(weight)))
-    return f"{max(drifts):.1e}"
+    for key, change in list(turns.in_force().items())[:4]:
+        weight = state[f"{key.removeprefix('diffusion_model.')}.weight"].float()
+        after = turn(weight, change, "in") if isinstance(turns, Turns) else weight + change[1] @ change[0]
+        drifts.append(abs(hyperspherical_energy(after) - hyperspherical_energy(weight)))
+    return max(drifts)

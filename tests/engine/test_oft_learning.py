@@ -17,7 +17,7 @@ from rg_engine.adapters.extract import extract
 from rg_engine.adapters.learning import AdapterExamples, AdapterTraining, OftSettings, Turns
 from rg_engine.adapters.learning.turns import turned_input
 from rg_engine.adapters.limits import coft_bound
-from rg_engine.adapters.orthogonal import cayley, from_triangle, orthogonality_error, triangle
+from rg_engine.adapters.orthogonal import cayley, from_triangle, largest_angle, orthogonality_error, triangle
 from rg_engine.adapters.rotation import Rotation, turn
 from rg_engine.errors import TrainingError
 from rg_engine.training.loop import LoopSettings, Training
@@ -305,3 +305,10 @@ def test_the_nearest_division(width, wanted):
 def test_pictures_that_can_not_be_learned_from(latents, class_latents, match):
     with pytest.raises(TrainingError, match=match):
         AdapterExamples(latents=latents, class_latents=class_latents)
+
+
+def test_the_largest_angle_is_that_of_the_largest_singular_value():
+    a = torch.randn(3, 6, 6, generator=torch.Generator().manual_seed(8))
+    r = cayley((a - a.mT).double())
+    angles = torch.linalg.eigvals(r).angle().abs()
+    assert largest_angle(a - a.mT) == pytest.approx(math.degrees(float(angles.max())), rel=1e-5)

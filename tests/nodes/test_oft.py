@@ -248,6 +248,41 @@ def test_a_control_checkpoint_gives_a_control_net(folder):
     assert error(out, wanted["unet.out_with_hint"]) < 1e-5
 
 
+def test_the_text_encoder_is_turned_with_its_own_strength():
+    import comfy.model_patcher
+
+    adapters = engine("adapters")
+    a = torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0))
+    rotation = adapters.Rotation(q=a - a.mT, side="out")
+    name = "text_model.encoder.layers.0.self_attn.q_proj"
+    text_encoder = torch.nn.Module()
+    at = text_encoder
+    for part in f"clip_l.transformer.{name}".split(".")[:-1]:
+        at.add_module(part, torch.nn.Module())
+        at = at._modules[part]
+    at.add_module("q_proj", torch.nn.Linear(16, 32, bias=False))
+
+    class Clip:
+        cond_stage_model = text_encoder
+
+        def __init__(self):
+            self.patcher = comfy.model_patcher.ModelPatcher(text_encoder, torch.device("cpu"), torch.device("cpu"))
+
+        def clone(self):
+            return Clip()
+
+    key = "lora_te_" + name.replace(".", "_")
+    unet = adapter("lycoris_diag_loraunet").layers
+    oft = adapters.Adapter(layout="LyCORIS", layers=(*unet, adapters.Layer(key=key, rotation=rotation)))
+    _, clip, _, report, _ = load(model(), oft=oft, clip=Clip(), strength_clip=0.5)
+    assert "(1 of the text encoder)" in report
+    ((weight_key, patches),) = clip.patcher.patches.items()
+    weight = text_encoder.state_dict()[weight_key]
+    made = patches[0][1].calculate_weight(weight.clone(), weight_key, patches[0][0])
+    assert error(made, rotation.turn(weight, 0.5)) < 1e-6
+    assert key in load(model(), oft=oft)[3]  # without clip: told that it is not used
+
+
 # Bad input (section 8 of the design): an error that says what is wrong, and the model as it was.
 
 

@@ -62,9 +62,9 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_SaveOFT": (["oft", "name", "format", "precision", "overwrite"], ["model"], ["STRING"]),
     "RG_ExtractOFT": (["model", "changed", "layers", "blocks", "block_size"], [], ["OFT", "STRING"]),
     "RG_TrainOFT": (
-        ["model", "positive", "latents", "steps", "learning_rate", "batch_size", "blocks", "block_size", "coft_eps", "layers",
-         "prior_weight", "weight_decay", "accumulate", "ema", "schedule", "memory", "precision", "validation_share",
-         "validate_every", "preview_every", "seed", "checkpoint"],
+        ["model", "positive", "latents", "steps", "learning_rate", "batch_size", "blocks", "block_size", "coft_eps",
+         "layers", "prior_weight", "weight_decay", "accumulate", "ema", "schedule", "memory", "precision",
+         "validation_share", "validate_every", "preview_every", "seed", "checkpoint"],
         ["class_positive", "class_latents", "negative"], ["MODEL", "OFT", "IMAGE", "STRING"],
     ),
 }  # fmt: skip

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ...errors import AdapterError
 from ..adapter import Adapter, Contents, Layer, Layout, Named, ReadOptions, check_plain
-from ..orthogonal import from_triangle, neumann_coefficients, triangle
+from ..orthogonal import from_triangle, neumann_coefficients, spectral_norm, triangle
 from ..rotation import Rotation
 
 SERIES = neumann_coefficients(5, last_doubled=False)
@@ -37,7 +36,7 @@ def write(layers: Sequence[Named]) -> dict[str, Tensor]:
     tensors = {}
     for layer in layers:
         check_plain(layer, "OneTrainer's files", side="in", series=True)
-        size = float(torch.linalg.matrix_norm(layer.rotation.q, 2).max())
+        size = spectral_norm(layer.rotation.q)
         if layer.rotation.series != SERIES and (layer.rotation.series or size > LARGEST_Q):
             raise AdapterError(
                 f"OneTrainer's polynomial is not this rotation ({layer.key} has |Q| {size:.2g}, above {LARGEST_Q}): save it "

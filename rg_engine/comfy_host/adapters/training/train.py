@@ -14,11 +14,13 @@ from torch import Tensor
 
 from ....adapters import Adapter
 from ....adapters.learning import AdapterExamples, AdapterTraining, OftSettings
-from ....errors import ReadoutGuidanceError, TrainingError
+from ....errors import BackboneError, ReadoutGuidanceError, TrainingError
 from ....training import Progress
 from ....training.distributed import Ranks
 from ...loaded.frozen_model import FrozenModel, with_frozen_model
 from ...loaded.gradient_scope import Graph
+from ...loaded.memory import GraphSize, with_room_for_graph
+from ...loaded.model import backbone_of
 from .turning import TurnedModel, new_turns
 
 log = logging.getLogger("readout_guidance")
@@ -80,9 +82,19 @@ def train_adapter(
                         log.warning("Train OFT: the best adapter so far could not be kept: %s", error)
                 raise
 
-    shape = (settings.batch // settings.accumulate, *examples.latents.shape[1:])
+    prior = examples.class_latents is not None and settings.prior_weight > 0
+    shape = _with_room(model, (settings.batch // settings.accumulate, *examples.latents.shape[1:]), graph, 2 if prior else 1)
     prompts = {"negative": negative, **({"class": class_positive} if examples.class_latents is not None else {})}
     return with_frozen_model(model, positive, shape, work, tapped=False, more=prompts)
+
+
+def _with_room(model: Any, shape: tuple[int, ...], graph: Graph, passes: int) -> tuple[int, ...]:
+    """A shape for which ComfyUI makes room for the graphs too, where the network is one whose graph was counted."""
+    try:
+        size = GraphSize(backbone=backbone_of(model), heads=(), branches=passes)
+    except BackboneError:
+        return shape
+    return tuple(with_room_for_graph(model, size, shape, graph))
 
 
 def _check(model: Any, examples: AdapterExamples, positive: Any, class_positive: Any, settings: OftSettings) -> None:
