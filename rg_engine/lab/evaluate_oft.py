@@ -55,8 +55,8 @@ METHODS = (
 
 
 def oft_table(world: World) -> list[dict[str, Any]]:
-    """A row a method and look: the subject's likeness, how much of the prompt is there, how much of the subject other figures
-    got, the energy's drift."""
+    """A row a method and look: the likeness of the subject, how much of the prompt is there, how much of the subject other
+    figures got, the energy's drift."""
     pictures, _ = subject_pictures(SEED, PICTURES)
     with torch.inference_mode():
         latents = world.vae.encode(pictures)
