@@ -29,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     oft.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in docs/oft.md")
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
-    tables = "heads timesteps pairs conventions kept_features drags identity oft"
+    tables = "heads timesteps pairs conventions kept_features drags identity oft oft_cost"
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")

@@ -26,6 +26,7 @@ from ..guidance import GuidanceSettings
 from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
+from .cost.adapters import oft_cost_table
 from .demo_heads import RECIPES, Recipe, demo_examples, demo_recipe, train_demo_head
 from .demo_world import World, demo_head, load_world
 from .evaluate_edits import drags_table, identity_table
@@ -124,6 +125,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "drags": drags_table,
     "identity": identity_table,
     "oft": oft_table,
+    "oft_cost": oft_cost_table,
 }
 
 

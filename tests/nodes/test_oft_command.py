@@ -95,9 +95,6 @@ def test_two_processes_have_the_loss_curve_and_the_adapter_of_one(comfyui, data,
     ],
 )
 def test_a_bad_config_is_told_in_a_line(data, changed, match):
-    from rg_engine.adapters.learning.config import read_oft_config
-    from rg_engine.errors import TrainingError
-
     path = config(data, "bad/subject.safetensors", **changed)
     if "model" in changed:
         ended = run("rg_engine", "train-oft", "--config", str(path))
@@ -105,6 +102,6 @@ def test_a_bad_config_is_told_in_a_line(data, changed, match):
         assert match in ended.stderr
         assert "Traceback" not in ended.stderr
     else:
-        with pytest.raises(TrainingError, match=match):
-            read_oft_config(path)
+        with pytest.raises(engine("errors").TrainingError, match=match):
+            engine("adapters.learning.config").read_oft_config(path)
     assert not (data / "bad").exists()
