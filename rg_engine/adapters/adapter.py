@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from ..errors import AdapterError
@@ -51,6 +52,9 @@ class Adapter:
     def __post_init__(self) -> None:
         for layer in self.layers:
             layer.rotation.check(layer.key)
+        for key, tensor in (*self.added.items(), *self.hint.items()):
+            if not torch.isfinite(tensor).all():
+                raise AdapterError(f"{key} holds NaN or infinite values: the training it comes from broke down")
 
     @property
     def sides(self) -> set[str]:

@@ -398,6 +398,13 @@ def test_numbers_that_can_not_be(folder, name, value, match):
     assert patcher.patches == {}
 
 
+def test_a_layer_that_is_there_twice():
+    oft = adapter("lycoris_diag")
+    twice = engine("adapters").Adapter(layout=oft.layout, layers=(*oft.layers, oft.layers[0]))
+    with refused("two layers of the file turn"):
+        load(model(), oft=twice)
+
+
 def test_another_kind_of_model(folder):
     from small_models import sdxl_model
 

@@ -6,6 +6,7 @@ From 0.16 on ``.oft_R.weight`` [n, b (b - 1) / 2], side in: a polynomial near Ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ...errors import AdapterError
 from ..adapter import Adapter, Contents, Layer, Layout, Named, ReadOptions, check_plain
-from ..limits import coft_bound, project
+from ..limits import project
 from ..orthogonal import from_triangle, neumann_coefficients, skew, triangle
 from ..rotation import Rotation
 
@@ -61,9 +62,11 @@ def _old(contents: Contents, found: Mapping[str, Mapping[str, Tensor]], config: 
     layers = []
     for key, parts in found.items():
         r = contents.square(f"{key}.oft_r", parts[".oft_r"])
-        if config.get("coft"):
-            r = project(r, coft_bound(float(config.get("eps", 6e-5)), len(r), r.shape[-1]))
         shared, magnitudes = bool(config.get("block_share")), parts.get(".oft_s")
+        if config.get("coft"):  # b^2 is of the outputs in every version, (out / n)^2
+            outputs = r.shape[0] * r.shape[-1] if magnitudes is None else len(magnitudes)
+            count = int(config.get("r") or 0) or len(r)
+            r = project(r, float(config.get("eps", 6e-5)) * math.ceil(outputs / count) ** 2 / len(r) ** 0.5)
         q = skew(r) / 2
         rotation = (
             Rotation(q=q, side="out", shared=shared)  # W' = B^T W

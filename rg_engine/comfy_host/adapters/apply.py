@@ -57,6 +57,10 @@ def fit(adapter: Adapter, model: Any, clip: Any = None) -> Fit:
             dimension, _, count = place[1]
             shape = (*shape[:dimension], count, *shape[dimension + 1 :])
         layers.append(Fitted(place=place, rotation=layer.rotation.fitted(shape, layer.key), of_clip=of_clip))
+    places = [(layer.place, layer.of_clip) for layer in layers]
+    twice = next((place for place, of_clip in places if places.count((place, of_clip)) > 1), None)
+    if twice is not None:
+        raise AdapterError(f"two layers of the file turn {twice[0]}: it was put together wrongly")
     added = {}
     for key, tensor in adapter.added.items():
         base, _, ending = key.rpartition(".")
