@@ -135,6 +135,51 @@ def test_blocks_that_run_twice_give_the_same_gradient():
     assert float((gradient - light).norm() / gradient.norm()) < 1e-5
 
 
+def flow_transformer():
+    """Lumina 2's kind of model, small, with random weights, and a prompt for it."""
+    from small_models import patcher
+
+    model = engine("comfy_host.demo_transformer").new_transformer()
+    engine("lab.cost.models").randomise(model.diffusion_model, seed=0, scale=0.5)
+    words = torch.randn(1, 16, 96, generator=torch.Generator().manual_seed(0))
+    return patcher(model), [[words, {}]]
+
+
+def test_a_transformer_of_flows_kind_learns():
+    """What it loses with turns in force is what a model with the same adapter on its weights loses."""
+    learning, turning = engine("adapters.learning"), engine("comfy_host.adapters.training.turning")
+    frozen_model = engine("comfy_host.loaded.frozen_model")
+    patcher, positive = flow_transformer()
+    before = fingerprint(patcher)
+
+    def losses(on, size: float):
+        @torch.inference_mode(False)
+        @torch.enable_grad()
+        def work(frozen):
+            turns, _ = turning.new_turns(frozen.network, learning.OftSettings(layers="attention"))
+            generator = torch.Generator().manual_seed(1)
+            with torch.no_grad():
+                for v in turns.triangles:
+                    v.copy_(size * torch.randn(v.shape, generator=generator))
+            given = learning.AdapterExamples(latents=latents(channels=8)["samples"].clone())
+            with turning.TurnedModel(frozen, "full") as turned:
+                loss = turned.loss(turns, given.draw(0, 2, range(4), 0), False).mean()
+                loss.backward()
+            assert all(v.grad is not None and torch.isfinite(v.grad).all() for v in turns.triangles)
+            return loss.item(), turns.layers()
+
+        return frozen_model.with_frozen_model(on, positive, (2, 8, 16, 16), work, tapped=False)
+
+    loss, layers = losses(patcher, 0.02)
+    plain, _ = losses(patcher, 0.0)
+    assert fingerprint(patcher) == before
+    oft = engine("adapters").Adapter(layout="here", layers=layers)
+    on = node("RG_LoadOFT", model=patcher, file="none", strength=1.0, oft=oft)[0]
+    patched, _ = losses(on, 0.0)
+    assert abs(loss - plain) > 1e-4
+    assert loss == pytest.approx(patched, rel=1e-5)
+
+
 def test_weights_that_are_cast_learn_alike():
     """fp16 and fp8 in storage, fp32 in arithmetic: as a model that has their values in fp32."""
     for dtype in (torch.float16, torch.float8_e4m3fn):

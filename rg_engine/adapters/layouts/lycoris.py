@@ -68,14 +68,10 @@ def _matrices(contents: Contents, key: str, parts: dict[str, Tensor]) -> Rotatio
     r = contents.square(f"{key}.oft_diag", parts[".oft_diag"]).mT
     lengths = r.norm(dim=-1, keepdim=True)
     rotation = r / lengths
-    if not (orthogonality_error(rotation) < 1e-2 and bool((_determinants(rotation) > 0).all())):
+    if not (orthogonality_error(rotation) < 1e-2 and bool((rotation.double().det() > 0).all())):
         raise AdapterError(f"{contents.name!r}: {key}.oft_diag is no rotation times magnitudes: it can't be read as OFT")
     plain = bool((lengths - 1).abs().max() < 1e-5)
     return Rotation(q=inverse_cayley(rotation).float(), side="out", magnitudes=None if plain else lengths.reshape(-1, 1))
-
-
-def _determinants(r: Tensor) -> Tensor:
-    return r.double().det()
 
 
 def write(layers: Sequence[Named]) -> dict[str, Tensor]:

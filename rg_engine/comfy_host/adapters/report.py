@@ -43,7 +43,7 @@ def describe(name: str, adapter: Adapter, found: Fit, model: Any, strength: floa
         f"strength {strength:g}, largest angle at 1: {max(largest_angle(layer.rotation.q) for layer in layers):.1f} degrees"
         + (" (of a stage)" if any(layer.rotation.is_butterfly for layer in layers) else ""),
     ]
-    if strength and any(layer.rotation.series for layer in layers) and strength == 1.0:
+    if strength == 1.0 and any(layer.rotation.series for layer in layers):
         worst = max(orthogonality_error(layer.rotation.blocks()) for layer in layers)
         lines.append(f"a polynomial, as trained: max |R R^T - I| {worst:.1e}; at other strengths, or with orthogonal on, 0")
     energies = measure(layers, model, strength)
@@ -71,7 +71,7 @@ def measure(layers: tuple[Fitted, ...], model: Any, strength: float) -> Energies
     seen = []
     for layer in layers:
         weight = None if layer.of_clip or layer.place[1] is not None else state.get(layer.place[0])
-        if type(weight) in (Tensor, type(None)) and weight is not None and weight.is_floating_point() and not weight.is_meta:
+        if type(weight) is Tensor and weight.is_floating_point() and not weight.is_meta:
             seen.append((weight, layer.rotation))
     seen = sorted(seen, key=lambda pair: pair[0].numel())[:MEASURED_LAYERS]
     if not seen:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
 from torch import Tensor, nn
@@ -68,6 +69,7 @@ class TurnedModel:
 
     def __enter__(self) -> TurnedModel:
         try:
+            self._open.enter_context(_in_training())
             self._open.enter_context(self._scope)
             for key, layer in self._layers:
                 self._open.callback(self._attach(key, layer).remove)
@@ -97,10 +99,8 @@ class TurnedModel:
             noisy.latents, noisy.noise, noisy.time, through, prompt="class" if of_class else "positive",
             pictures=noisy.pictures, attention=ATTENTION["full"],
         )  # fmt: skip
-        sampling, zeros = self._frozen.model_sampling, torch.zeros_like(noised.x)
-        units = sampling.calculate_denoised(noised.sigma, zeros + 1, zeros) - sampling.calculate_denoised(
-            noised.sigma, zeros, zeros
-        )
+        denoised, zeros = self._frozen.model_sampling.calculate_denoised, torch.zeros_like(noised.x)
+        units = denoised(noised.sigma, zeros + 1, zeros) - denoised(noised.sigma, zeros, zeros)  # of what is predicted
         with torch.autocast(zeros.device.type, enabled=False):
             return ((caught[0].float() - noised.clean) / units).square().flatten(1).mean(1)
 
@@ -126,6 +126,20 @@ class TurnedModel:
                 return turned_input(args[0], rotation, channels_first), *args[1:]
 
         return layer.register_forward_pre_hook(turn)
+
+
+@contextlib.contextmanager
+def _in_training() -> Iterator[None]:
+    """ComfyUI is told (since 2026 it asks): its networks then write nothing in place and call every layer as a module."""
+    management = comfy.model_management
+    if not hasattr(management, "in_training"):
+        yield
+        return
+    before, management.in_training = management.in_training, True
+    try:
+        yield
+    finally:
+        management.in_training = before
 
 
 @contextlib.contextmanager
