@@ -248,6 +248,30 @@ def test_a_control_checkpoint_gives_a_control_net(folder):
     assert error(out, wanted["unet.out_with_hint"]) < 1e-5
 
 
+def test_control_by_oft_samples_with_apply_controlnet(small):
+    """In its percents, at its strength, for both prompts, beside the adapter's model."""
+    import nodes
+
+    oft = adapter("authors_control_oft")
+    hint = {key: tensor * (1e-4 if key.startswith("14.") else 1.0) for key, tensor in oft.hint.items()}
+    oft = engine("adapters").Adapter(layout=oft.layout, layers=oft.layers, hint=hint)
+    turned, _, _, _, control = load(model(), oft=oft)
+    picture = torch.rand(1, 128, 128, 3, generator=torch.Generator().manual_seed(2))
+
+    def sampled(strength: float, end: float = 1.0) -> torch.Tensor:
+        conds = nodes.ControlNetApplyAdvanced().apply_controlnet(
+            small.positive, small.negative, control, picture, strength, 0.0, end
+        )
+        return small.plain(model=turned, positive=conds[0], negative=conds[1])
+
+    plain = small.plain(model=turned)
+    assert torch.equal(sampled(0.0), plain)
+    whole, half, early = sampled(1.0), sampled(0.5), sampled(1.0, end=0.3)
+    assert torch.isfinite(whole).all()
+    for other in (plain, half, early):
+        assert error(whole, other) > 1e-3
+
+
 def test_the_text_encoder_is_turned_with_its_own_strength():
     import comfy.model_patcher
 
