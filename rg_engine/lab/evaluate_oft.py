@@ -98,6 +98,7 @@ def _rows(
                     "loss": round(sum(recent) / len(recent), 4), **scores(made, expected),
                     "energy drift": f"{energy_drift(frozen, average):.1e}",
                 })  # fmt: skip
+                print(rows[-1], flush=True)
                 began = time.perf_counter()
 
             training.run(look)
@@ -124,8 +125,9 @@ def _sampled(world: World, model: TurnedModel, turns: Any, text: str) -> Tensor:
 
 
 def scores(made: dict[str, Tensor], expected: Tensor) -> dict[str, float]:
-    """subject: how much of its two colours is there, 1 as in its pictures; prompt: walls and solids that are there of those
-    asked for; leak: the subject's colours in pictures of other figures."""
+    """subject: how much of its two colours is there (0.8 in other pictures of it, as sizes differ); prompt: walls and solids
+    that are there of those asked for; leak: the subject's colours in pictures of other figures; others: whether those are
+    there."""
     subject, asked = [], []
     for text, solid in WITH.items():
         pictures = made[text]
