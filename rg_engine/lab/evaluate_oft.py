@@ -49,7 +49,7 @@ class Method:
 #: Learning rates: of 1e-3, 3e-3 and 1e-2 the largest with which each still follows prompts after 60 steps.
 METHODS = (
     Method(name="OFT", rate=3e-3),
-    Method(name="COFT", rate=3e-3, coft_eps=1e-3),
+    Method(name="COFT", rate=3e-3, coft_eps=4e-3),
     Method(name="LoRA", rate=3e-3, rank=6),
 )
 
