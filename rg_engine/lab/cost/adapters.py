@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...adapters.learning import AdapterExamples, OftSettings
 from ...comfy_host.adapters.training.train import train_adapter
@@ -44,7 +44,7 @@ def oft_cost_table(world: World) -> list[dict[str, Any]]:
             began = time.perf_counter()
             train(steps)
             taken.append(time.perf_counter() - began)
-        with kept_bytes(world.model.model.state_dict().values()) as kept:
+        with kept_bytes() as kept:
             train(1)
         rows.append({
             "way": name, "s a step": round((taken[1] - taken[0]) / (MANY - FEW), 3), "kept, MB": round(kept["most"] / 1e6, 1)
@@ -92,9 +92,9 @@ class _Kept:
 
 
 @contextlib.contextmanager
-def kept_bytes(beside: Any) -> Iterator[dict[str, int]]:
-    """What tensors saved for backward take at most at a time (``most``), without those of ``beside``, the weights."""
-    weights = {tensor.untyped_storage().data_ptr() for tensor in beside}
+def kept_bytes() -> Iterator[dict[str, int]]:
+    """What tensors saved for backward take at most at a time (``most``), without parameters. What a part that runs again
+    needs while it does is not seen."""
     held: Counter[int] = Counter()
     sizes = {"now": 0, "most": 0}
 
@@ -106,7 +106,7 @@ def kept_bytes(beside: Any) -> Iterator[dict[str, int]]:
     def pack(tensor: Tensor) -> _Kept:
         kept, storage = _Kept(tensor), tensor.untyped_storage()
         address, size = storage.data_ptr(), storage.nbytes()
-        if address not in weights:
+        if not isinstance(tensor if tensor._base is None else tensor._base, nn.Parameter):
             if not held[address]:
                 sizes["now"] += size
             held[address] += 1
