@@ -510,6 +510,23 @@ def test_extracted_from_two_models(trained):
         node("RG_ExtractOFT", model=patcher, changed=patcher, layers="attention", blocks=4, block_size=0)
 
 
+def test_weights_are_read_as_they_are_stored(home, trained):
+    """While ComfyUI has patched ones in the model."""
+    patcher, oft, _ = trained
+    turned = node("RG_LoadOFT", model=patcher, file="none", strength=1.0, oft=oft)[0]
+    wanted = load_file(home / save(oft, "difference", patcher))
+    report = node("RG_LoadOFT", model=patcher, file="none", strength=1.0, oft=oft)[3]
+    turned.patch_model()
+    try:
+        made = load_file(home / save(oft, "difference", patcher))
+        assert all(torch.equal(made[key], tensor) for key, tensor in wanted.items())
+        found, _ = node("RG_ExtractOFT", model=patcher, changed=turned, layers="attention", blocks=4, block_size=0)
+        assert len(found.layers) == 88
+        assert node("RG_LoadOFT", model=patcher, file="none", strength=1.0, oft=oft)[3] == report
+    finally:
+        turned.unpatch_model()
+
+
 def test_models_of_two_kinds_can_not_be_compared():
     from small_models import sdxl_model
 

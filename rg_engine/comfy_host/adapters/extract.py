@@ -17,7 +17,7 @@ from ...adapters.extract import extract
 from ...adapters.learning import LAYERS, OftSettings
 from ...adapters.orthogonal import largest_angle
 from ...errors import AdapterError
-from .names import MODEL
+from .names import MODEL, stored_weights
 
 log = logging.getLogger("readout_guidance")
 
@@ -62,7 +62,7 @@ def extract_oft(base: Any, changed: Any, layers: str, blocks: int, block_size: i
 def _weights(model: Any, layers: str) -> dict[str, Tensor]:
     """With the patches of the model (LoRAs, other adapters) in them. Raises AdapterError for quantised ones."""
     weights = {}
-    for key, value in model.model.state_dict().items():
+    for key, value in stored_weights(model).items():
         own = key.removeprefix(MODEL).removesuffix(".weight")
         if not (key.startswith(MODEL) and key.endswith(".weight") and value.ndim in (2, 4)) or not re.search(
             LAYERS[layers], f".{own}"

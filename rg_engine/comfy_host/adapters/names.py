@@ -50,6 +50,14 @@ def diffusers_names(model: Any) -> dict[str, str]:
     }
 
 
+def stored_weights(model: Any) -> dict[str, Any]:
+    """A ModelPatcher's weights by key, without patches: where ComfyUI has left patched ones in the model, its backups."""
+    weights = dict(model.model.state_dict())
+    weights.update({key: kept.weight for key, kept in model.backup.items()})
+    weights.update({key: kept[0] for key, kept in model.hook_backup.items()})
+    return weights
+
+
 def _place(found: Any) -> Place | None:
     if found is None or isinstance(found, str):
         return None if found is None else (found, None)

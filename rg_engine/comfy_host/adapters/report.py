@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...adapters import Adapter
+from ...adapters import Adapter, Rotation
 from ...adapters.energy import hyperspherical_energy
 from ...adapters.orthogonal import largest_angle, orthogonality_error
 from .apply import Fit, Fitted
+from .names import stored_weights
 
 #: Energies are measured on so many of the smallest layers: their cost grows with the square of the width.
 MEASURED_LAYERS = 4
@@ -67,11 +68,11 @@ def describe(name: str, adapter: Adapter, found: Fit, model: Any, strength: floa
 
 def measure(layers: tuple[Fitted, ...], model: Any, strength: float) -> Energies | None:
     """None if no layer's weights can be seen as they are: quantised ones, or those that are made when they run."""
-    state = model.model.state_dict()
-    seen = []
+    state = stored_weights(model)
+    seen: list[tuple[Tensor, Rotation]] = []
     for layer in layers:
-        weight = None if layer.of_clip or layer.place[1] is not None else state.get(layer.place[0])
-        if type(weight) is Tensor and weight.is_floating_point() and not weight.is_meta:
+        weight: Any = None if layer.of_clip or layer.place[1] is not None else state.get(layer.place[0])
+        if type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and not weight.is_meta:
             seen.append((weight, layer.rotation))
     seen = sorted(seen, key=lambda pair: pair[0].numel())[:MEASURED_LAYERS]
     if not seen:

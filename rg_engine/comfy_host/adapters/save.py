@@ -15,7 +15,7 @@ from ...adapters.saving import FORMATS, PEFT_FILES, Format, save_as, save_native
 from ...errors import AdapterError
 from ..folders import OFT_FOLDERS, plain_name
 from .apply import Fit, fit
-from .names import MODEL, diffusers_names
+from .names import MODEL, diffusers_names, stored_weights
 
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16}
 
@@ -63,7 +63,7 @@ def named(found: Fit, model: Any) -> list[Named]:
 def differences(found: Fit, model: Any) -> dict[str, Tensor]:
     """W' - W of every layer at strength 1, in fp32, by the names that ComfyUI's Load LoRA takes. Raises AdapterError for
     weights that can't be seen as they are."""
-    state, made = model.model.state_dict(), dict[str, Tensor]()
+    state, made = stored_weights(model), dict[str, Tensor]()
     for layer in found.layers:
         key, part = layer.place
         weight = state[key]
