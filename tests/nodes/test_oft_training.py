@@ -268,6 +268,22 @@ def test_a_prompt_for_each_picture():
     assert torch.allclose(q_of(train(patcher, positive=one)[1]), q_of(train(patcher, positive=each)[1]), atol=1e-5)
 
 
+def test_previews_are_shown(monkeypatch):
+    import comfy.utils
+
+    shown = {}
+    monkeypatch.setattr(
+        comfy.utils.ProgressBar,
+        "update_absolute",
+        lambda self, value, total=None, preview=None: shown.update({value: preview}),
+    )
+    train(model(), preview_every=2)
+    assert shown[1] is None
+    kind, picture, _ = shown[2]
+    assert kind == "JPEG"
+    assert picture.size[0] >= 16
+
+
 def test_one_picture_is_enough():
     assert torch.isfinite(q_of(train(model(), latents=latents(1))[1])).all()
 

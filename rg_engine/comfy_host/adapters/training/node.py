@@ -47,7 +47,7 @@ def train_oft_in_graph(
             latents=_plain(latents), class_latents=None if class_latents is None else _plain(class_latents)
         )
     bar = comfy.utils.ProgressBar(settings.steps)
-    shows = latent_preview.get_previewer(comfy.model_management.get_torch_device(), model.model.latent_format)
+    shows = _previewer(model.model.latent_format) if preview.every else None
     latest: list[Any] = [None]
 
     def report(progress: Progress, shown: Tensor | None) -> None:
@@ -77,6 +77,16 @@ def train_oft_in_graph(
     log.info("Train OFT: %s", text.replace("\n", "; "))
     turned, _ = apply(found, model, None, 1.0, 0.0)
     return Trained(model=turned, oft=oft, plot=loss_plot(history, "OFT"), report=text)
+
+
+def _previewer(latent_format: Any) -> Any:
+    """ComfyUI's way of showing latents, also where previews are off: these were asked for. None if the format has none."""
+    chosen = latent_preview.get_previewer(comfy.model_management.get_torch_device(), latent_format)
+    if chosen is None and latent_format.latent_rgb_factors is not None:
+        chosen = latent_preview.Latent2RGBPreviewer(latent_format.latent_rgb_factors, latent_format.latent_rgb_factors_bias)
+    if chosen is None:
+        log.warning("Train OFT: latents of this model can't be shown, so there are no previews: set preview_every to 0.")
+    return chosen
 
 
 def _plain(latents: dict[str, Any]) -> Tensor:
