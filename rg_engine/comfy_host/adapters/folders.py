@@ -13,7 +13,7 @@ NONE = "none"
 
 
 def adapter_names() -> list[str]:
-    """Names in both folders, without those that can't be adapters for their ending."""
+    """``none``, then the names in both folders."""
     return [NONE, *dict.fromkeys(name for folder in OFT_FOLDERS for name in folder_paths.get_filename_list(folder))]
 
 
