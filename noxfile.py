@@ -36,6 +36,7 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests, the linter and the type checker."""
     install(session, "demo,test")
+    session.install("--no-deps", "peft", "lycoris-lora", "accelerate", "toml")  # they read our adapters' files
     pages = Path(session.virtualenv.location) / "pages"
     for name, version in OLDER_PAGES.items():
         session.install("--no-deps", "--target", str(pages / name), "--upgrade", f"comfyui-frontend-package=={version}")

@@ -7,6 +7,8 @@ from . import (
     heads,
     inversion,
     keyframes,
+    oft,
+    oft_training,
     optimization,
     picture_losses,
     points,
@@ -28,4 +30,6 @@ NODES = (
     *optimization.NODES,
     *picture_losses.NODES,
     *boundaries.NODES,
+    *oft.NODES,
+    *oft_training.NODES,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.demo_model import NETWORKS, Network, load_demo_model
-from ..rg_engine.demo.scene_pictures import SEQUENCES, scene_pictures
+from ..rg_engine.demo.scene_pictures import SEQUENCES, scene_pictures, subject_pictures
 from .schema import Readout, Tracks, schema
 
 
@@ -84,4 +84,31 @@ class DemoScene(io.ComfyNode):
         )
 
 
-NODES = (LoadDemoModel, DemoScene)
+class DemoSubject(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_DemoSubject",
+            "Demo Subject",
+            aliases=["readout guidance", "demo", "dreambooth", "subject", "train oft"],
+            description="Pictures of one figure that the demo model does not know, to teach it with Train OFT. Its word is "
+            "teal: a teal figure, grey wall.",
+            inputs=[
+                io.Int.Input(
+                    "seed", default=0, min=0, max=0xFFFFFFFF, control_after_generate=True, tooltip="Poses, places and walls."
+                ),
+                io.Int.Input("count", default=8, min=1, max=4096, tooltip="How many pictures."),
+            ],
+            outputs=[
+                io.Image.Output("picture", display_name="picture"),
+                io.String.Output("caption", display_name="caption", tooltip="Of the first picture."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, seed: int, count: int) -> io.NodeOutput:
+        pictures, scenes = subject_pictures(seed, count)
+        return io.NodeOutput(pictures, scenes[0].caption())
+
+
+NODES = (LoadDemoModel, DemoScene, DemoSubject)

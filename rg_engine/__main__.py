@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, train, evaluate, benchmark, convert, packs, train-demo."""
+"""``python -m rg_engine``: demo, train, train-oft, evaluate, benchmark, convert, packs, train-demo."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--out", type=Path, default=Path("demo_out"))
     demo.add_argument("--pictures", type=int, default=8, help="pictures for each head")
     demo.add_argument("--modes", nargs="+", default=["fast"], choices=["fast", "reference"])
-    edits = ["apply", "boundary", "drag", "drag_object", "drag_photo", "identity", "optimize_noise", "train_head"]
+    edits = ["apply", "boundary", "drag", "drag_object", "drag_photo", "identity", "oft", "optimize_noise", "train_head"]
     demo.add_argument("--edits", nargs="*", default=["drag"], choices=edits, help="further workflows to make a picture of")
     demo.add_argument("--strength", type=float, default=None, help="instead of the workflows' own")
     demo.add_argument("--device", default="auto", choices=["auto", "cpu"])
@@ -28,8 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     train = commands.add_parser("train", help="train a head from folders; also under torchrun, on several processes")
     train.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in the README")
 
+    oft = commands.add_parser("train-oft", help="train an orthogonal adapter from folders; also under torchrun")
+    oft.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in docs/oft.md")
+
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
-    tables = "heads timesteps pairs conventions kept_features drags identity blocks doodl doodl_cost boundaries"
+    tables = "heads timesteps pairs conventions kept_features drags identity blocks doodl doodl_cost boundaries oft oft_cost"
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
@@ -94,6 +97,15 @@ def main(arguments: list[str] | None = None) -> int:
             from .comfy_host.training.files import train_from_files
 
             train_from_files(config)
+            return 0
+        if options.command == "train-oft":
+            from .adapters.learning.config import read_oft_config
+
+            oft_config = read_oft_config(options.config)
+            use_comfyui(oft_config.device)
+            from .comfy_host.adapters.training.files import train_oft_from_files
+
+            train_oft_from_files(oft_config)
             return 0
         if options.command == "train-demo":
             from .lab.demo_parts import PARTS, make_pictures

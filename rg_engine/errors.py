@@ -29,5 +29,9 @@ class BoundaryError(ReadoutGuidanceError):
     """A boundary can't be fitted, read or applied: its pictures, its file, or a model that it was not fitted on."""
 
 
+class AdapterError(ReadoutGuidanceError):
+    """An orthogonal adapter that can't be read, applied, trained, extracted or written without changing its meaning."""
+
+
 class ModelWorldError(ReadoutGuidanceError):
     """The embedded demo model's files are missing or damaged."""

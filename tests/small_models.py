@@ -12,15 +12,15 @@ from comfyui_host import engine
 PARITY = Path(__file__).parent / "parity" / "data"
 
 
-def parity_model(weights: torch.dtype = torch.float32) -> Any:
-    """The parity kit's UNet as a MODEL that computes in fp32; weights: what they are stored in."""
+def parity_model(weights: torch.dtype = torch.float32, folder: Path = PARITY) -> Any:
+    """The parity kit's UNet as a MODEL that computes in fp32; weights: what they are stored in; folder: another kit's."""
     import comfy.supported_models
     from safetensors.torch import load_file
 
-    config = comfy.supported_models.SD15(json.loads((PARITY / "unet_config.json").read_text())["unet_config"])
+    config = comfy.supported_models.SD15(json.loads((folder / "unet_config.json").read_text())["unet_config"])
     config.set_inference_dtype(weights, None if weights == torch.float32 else torch.float32)
     model = config.get_model({}, "")
-    model.diffusion_model.load_state_dict(load_file(PARITY / "unet.safetensors"))
+    model.diffusion_model.load_state_dict(load_file(folder / "unet.safetensors"))
     return patcher(model)
 
 

@@ -20,17 +20,21 @@ from ..types import HeadKind
 FOLDER = "readout_heads"
 EXTENSIONS = {".safetensors", ".pt"}
 LossFolder = Literal["aesthetic_heads", "classifiers"]
+#: Orthogonal adapters, ComfyUI's LoRAs after them.
+OFT_FOLDERS = ("oft", "loras")
+OFT_EXTENSIONS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth"}
 
 
 def register_folders() -> None:
-    """Tell ComfyUI where heads live. Safe to call more than once."""
-    home = os.path.join(folder_paths.models_dir, FOLDER)
-    with contextlib.suppress(OSError):  # a read-only installation does without
-        os.makedirs(home, exist_ok=True)
-    folder_paths.add_model_folder_path(FOLDER, home, is_default=True)
+    """Tell ComfyUI where heads and adapters live. Safe to call more than once."""
     folder_paths.add_model_folder_path(FOLDER, str(DEMO_HEADS))
-    paths, _ = folder_paths.folder_names_and_paths[FOLDER]
-    folder_paths.folder_names_and_paths[FOLDER] = (paths, EXTENSIONS)
+    for folder, extensions in ((FOLDER, EXTENSIONS), (OFT_FOLDERS[0], OFT_EXTENSIONS)):
+        home = os.path.join(folder_paths.models_dir, folder)
+        with contextlib.suppress(OSError):  # a read-only installation does without
+            os.makedirs(home, exist_ok=True)
+        folder_paths.add_model_folder_path(folder, home, is_default=True)
+        paths, _ = folder_paths.folder_names_and_paths[folder]
+        folder_paths.folder_names_and_paths[folder] = (paths, extensions)
     for folder in get_args(LossFolder):
         folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder), is_default=True)
         paths, _ = folder_paths.folder_names_and_paths[folder]
@@ -68,13 +72,17 @@ def find_head(name: str) -> str:
             "its name, not by a path"
         )
     path = folder_paths.get_full_path_or_raise(FOLDER, name)
-    roots = [Path(root).resolve() for root in folder_paths.get_folder_paths(FOLDER)]
-    # A link inside the folder may point elsewhere on purpose; what is refused is a name that climbs out.
-    if not any(
-        Path(os.path.normpath(path)).is_relative_to(root) or Path(path).resolve().is_relative_to(root) for root in roots
-    ):
+    if not is_inside(path, FOLDER):
         raise HeadFileError(f"head {name!r} lies outside models/{FOLDER}: copy it there")
     return path
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """A link inside the folder may point elsewhere on purpose; what is refused is a name that climbs out."""
+    roots = [Path(root).resolve() for root in folder_paths.get_folder_paths(folder)]
+    return any(
+        Path(os.path.normpath(path)).is_relative_to(root) or Path(path).resolve().is_relative_to(root) for root in roots
+    )
 
 
 def head_version(name: str) -> str:
@@ -112,9 +120,9 @@ def save_named_head(head: ReadoutHead, name: str, overwrite: bool = False) -> st
     return path.name
 
 
-def checkpoint_path(name: str) -> Path:
+def checkpoint_path(name: str, folder: str = FOLDER) -> Path:
     """Where the checkpoint of a training of that name is. Raises HeadFileError for a name that is no plain file name."""
-    return Path(folder_paths.get_output_directory()) / FOLDER / f"{plain_name(name)}.checkpoint"
+    return Path(folder_paths.get_output_directory()) / folder / f"{plain_name(name)}.checkpoint"
 
 
 def plain_name(name: str) -> str:

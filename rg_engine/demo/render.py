@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .world import BONES, COLOURS, HORIZON, JOINTS, WALL_BASE, WALLS, Figure, Scene, Solid, disparity
+from .world import BONES, COLOURS, HORIZON, JOINTS, SUBJECT_COLOURS, WALL_BASE, WALLS, Figure, Scene, Solid, disparity
 
 #: Colours of the bones in a pose picture (one a bone) and of the discs on its joints.
 BONE_COLOURS = tuple(
     tuple(int(255 * c) for c in np.clip(np.abs((np.array([0, 4, 2]) + 6 * i / len(BONES)) % 6 - 3) - 1, 0, 1))
     for i in range(len(BONES))
 )
+FIGURE_COLOURS = {**COLOURS, **SUBJECT_COLOURS}
 FIGURE_PART = 1  # parts 1.. are the bones of the figure (plus one for the head), then one part a solid
 SUPERSAMPLING = 3
 DRAWN_BONES = tuple(i for i, bone in enumerate(BONES) if bone != (0, 1))  # the neck is hidden
@@ -257,7 +258,7 @@ def _draw_solid(canvas: _Canvas, solid: Solid, part: int) -> None:
 
 def _draw_figure(canvas: _Canvas, figure: Figure, part: int) -> None:
     near, radius, joints = disparity(figure.base_y), _bone_radius(figure), figure.joints()
-    colour, shirt = COLOURS[figure.identity.colour], COLOURS[figure.identity.shirt]
+    colour, shirt = (FIGURE_COLOURS[name] for name in (figure.identity.colour, figure.identity.shirt))
     torso = joints[[2, 5, 11, 8]]
     for i, (a, b) in enumerate(BONES):
         if (a, b) == (1, 2):  # the shirt lies over the legs and the right arm, under the head and the left arm

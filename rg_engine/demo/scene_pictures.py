@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .render import edge_map, joint_heatmaps, pose_map, render, scene_tracks
-from .world import Scene, sample_elsewhere, sample_other_identity, sample_scene
+from .world import SUBJECT, Scene, sample_elsewhere, sample_other_identity, sample_scene
 
 #: scenes: one by one; pairs: the same things elsewhere, two in a row; triplets: and the same scene with another figure.
 Sequence = Literal["scenes", "pairs", "triplets"]
@@ -83,6 +83,12 @@ def scene_pictures(seed: int, count: int, figure_only: bool = False, sequence: S
         figure=_stack([each.figure_mask for each in drawn]),
         tracks=torch.from_numpy(tracks),
     )
+
+
+def subject_pictures(seed: int, count: int) -> tuple[Tensor, list[Scene]]:
+    """SUBJECT alone in so many scenes, (count, 128, 128, 3) in 0..1: poses, places and walls of the world."""
+    scenes = [sample_scene(np.random.default_rng([seed, i, 2]), SUBJECT, figure_only=True) for i in range(count)]
+    return _stack([render(scene).image / np.float32(255) for scene in scenes]), scenes
 
 
 def _stack(layers: list[np.ndarray]) -> Tensor:

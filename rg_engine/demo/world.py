@@ -70,6 +70,12 @@ class Identity:
     thickness: float
 
 
+#: A figure that no scene of the world has, to teach a model by an adapter: its colours, under words that captions have for
+#: walls only.
+SUBJECT = Identity(colour="teal", shirt="pink", thickness=0.059)
+SUBJECT_COLOURS: dict[str, tuple[int, int, int]] = {"teal": (34, 34, 40), "pink": (232, 36, 168)}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Figure:
     """A jointed figure. ``pose`` holds bone angles in radians, 0 hanging down, positive counter-clockwise on screen."""

@@ -22,8 +22,8 @@ from .cost.timing import time_demo
 from .steering import PROMPTS
 from .workflow import Executor, Prompt, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 
-COLUMNS = ("train_head", "boundary")
-SAVES_MODELS = ("RG_SaveReadoutHead", "RG_SaveBoundary")
+COLUMNS = ("train_head", "boundary", "oft")
+SAVES_MODELS = ("RG_SaveReadoutHead", "RG_SaveBoundary", "RG_SaveOFT")
 CONTROLS = ("pose", "depth", "edges")
 SCENE_SEED = 2026
 BATCH = 8

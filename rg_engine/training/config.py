@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -12,6 +13,7 @@ from ..errors import TrainingError
 from ..types import HEAD_KINDS, HeadKind
 from .settings import TrainingSettings
 
+Config = TypeVar("Config")
 #: Which folders each kind of head learns from.
 SOURCES: dict[HeadKind, tuple[str, ...]] = {
     "spatial": ("pictures", "controls"),
@@ -28,12 +30,12 @@ EXPECTED = {"float": "a number", "int": "a whole number", "bool": "true or false
 class TrainingConfig:
     """What to train, on what, and where to put it.
 
-    kind, out: the head, and its ``.safetensors``. model: a checkpoint's path, or ``demo``. Folders, see :mod:`.folders`:
-    pictures and controls (spatial, keypoint, lgp), clips (correspondence), identities (appearance). examples: how many are
-    drawn from clips or identities. prompt: of every picture, or ``captions`` for the text file beside each. size: of the
-    pictures in pixels, cropped about their centre. width: the head's channels. block: of the model, that the head reads, by
-    name or number; empty for the usual one. sparse: controls are mostly empty.
-    temperature (correspondence), margin (appearance). device: auto or cpu. Everything else is :class:`TrainingSettings`.
+    kind, out: the head, and its ``.safetensors``. model: a checkpoint's path, ``demo`` or ``demo transformer``. Folders, see
+    :mod:`.folders`: pictures and controls (spatial, keypoint, lgp), clips (correspondence), identities (appearance).
+    examples: how many are drawn from clips or identities. prompt: of every picture, or ``captions`` for the text file beside
+    each. size: of the pictures in pixels, cropped about their centre. width: the head's channels. block: of the model, that
+    the head reads, by name or number; empty for the usual one. sparse: controls are mostly empty. temperature
+    (correspondence), margin (appearance). device: auto or cpu. Everything else is :class:`TrainingSettings`.
     """
 
     kind: HeadKind
@@ -80,7 +82,13 @@ class TrainingConfig:
 
 
 def read_config(path: Path) -> TrainingConfig:
-    """Read a config; folders in it are relative to it. Raises TrainingError for what it does not know or can't read."""
+    """Read a head's config. Raises TrainingError for what it does not know or can't read."""
+    return read_table(path, TrainingConfig, TrainingSettings, required=("kind", "out"))
+
+
+def read_table(path: Path, config: Callable[..., Config], settings: Callable[..., Any], required: tuple[str, ...]) -> Config:
+    """Read a file of settings, of ``config`` itself and of its field ``settings``, side by side; folders in it are relative
+    to it. Raises TrainingError for what it does not know or can't read."""
     try:
         given = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -88,22 +96,28 @@ def read_config(path: Path) -> TrainingConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise TrainingError(f"the config {path.name!r} is neither YAML nor JSON: {error}") from error
     if not isinstance(given, dict):
-        raise TrainingError(f"the config {path.name!r} holds no settings: expected lines such as 'kind: spatial'")
-    own = {field.name: field for field in dataclasses.fields(TrainingConfig) if field.name != "settings"}
-    training = {field.name: field for field in dataclasses.fields(TrainingSettings)}
+        raise TrainingError(f"the config {path.name!r} holds no settings: expected lines such as '{required[0]}: ...'")
+    own = {field.name: field for field in _fields(config) if field.name != "settings"}
+    training = {field.name: field for field in _fields(settings)}
     unknown = [str(key) for key in given if key not in own and key not in training]
     if unknown:
         raise TrainingError(
             f"{path.name!r} has settings that don't exist: {', '.join(unknown)}. Known are: {', '.join([*own, *training])}"
         )
-    missing = [key for key in ("kind", "out") if key not in given]
+    missing = [key for key in required if key not in given]
     if missing:
         raise TrainingError(f"{path.name!r} does not say {' and '.join(missing)}")
     values = {key: _typed(key, value, str({**own, **training}[key].type), path.parent) for key, value in given.items()}
     if values.get("model", "demo") != "demo":
         values["model"] = str(path.parent / values["model"])
-    settings = TrainingSettings(**{key: value for key, value in values.items() if key in training})
-    return TrainingConfig(**{key: value for key, value in values.items() if key in own}, settings=settings)
+    return config(
+        **{key: value for key, value in values.items() if key in own},
+        settings=settings(**{key: value for key, value in values.items() if key in training}),
+    )
+
+
+def _fields(table: Any) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(table)
 
 
 def _typed(key: str, value: Any, kind: str, folder: Path) -> Any:

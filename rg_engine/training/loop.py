@@ -1,6 +1,7 @@
 """The loop of every training: of a head, of the demo model's parts, of an adapter's parameters on a frozen backbone.
 
-AdamW with a warm-up, then falling to 0 as a cosine; a moving average of the weights, which is what a training gives.
+AdamW with a warm-up, then falling to 0 as a cosine, or constant; a moving average of the weights, which is what a training
+gives.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +27,7 @@ from .settings import Precision
 CHECKPOINT_EVERY_S = 60.0
 #: The inputs of a step's microbatches: of each, this process's share.
 Draw = Callable[[int], Iterable[tuple[Any, ...]]]
+Schedule = Literal["cosine", "constant"]
 #: Readouts (n, D, h, w) and their truth.
 Shown = tuple[Tensor, Tensor | None]
 
@@ -36,7 +38,7 @@ class LoopSettings:
     less of it in the first steps, which are forgotten sooner then: (1 + n) / (10 + n) after n of them, as TensorFlow's
     ExponentialMovingAverage. clip: the gradient's largest norm. betas, weight_decay: AdamW's. precision: of the arithmetic
     (weights stay fp32). validate_every: steps between validations, 0 for never. patience: validations without a better one
-    before training ends, 0 for no end.
+    before training ends, 0 for no end. schedule: of the learning rate after the warm-up.
     Raises TrainingError for what no training can be.
     """
 
@@ -52,8 +54,11 @@ class LoopSettings:
     precision: Precision = "fp32"
     validate_every: int = 0
     patience: int = 0
+    schedule: Schedule = "cosine"
 
     def __post_init__(self) -> None:
+        if self.schedule not in get_args(Schedule):
+            raise TrainingError(f"schedule {self.schedule!r} is unknown: expected one of {', '.join(get_args(Schedule))}")
         for name in ("steps", "learning_rate", "warm_up", "accumulate", "clip"):
             if not getattr(self, name) > 0:
                 raise TrainingError(f"{name} is {getattr(self, name)}: it must be more than 0")
@@ -81,13 +86,16 @@ class Training:
         name: in errors. facts: plain values that a checkpoint must agree in.
         validate: the average to its loss on what was kept back, and what there is to see. device: where the network learns.
         checkpoint: goes on from it if it is there, with the same result as without the break, and writes it.
+        constrain: done to the network after each optimiser step, as COFT's projection is.
     """
 
     def __init__(
         self, network: nn.Module, draw: Draw, compute_loss: Callable[..., Tensor], settings: LoopSettings, *, name: str,
         facts: dict[str, Any], validate: Callable[[nn.Module], tuple[float, Shown | None]] | None = None,
         device: torch.device | str = "cpu", checkpoint: Path | None = None, ranks: Ranks | None = None,
+        constrain: Callable[[nn.Module], None] | None = None,
     ) -> None:  # fmt: skip
+        self._constrain = constrain
         self._draw, self._settings, self._name, self._facts = draw, settings, name, facts
         self._check = validate if settings.validate_every else None
         self._checkpoint, self._ranks, self._device = checkpoint, ranks or Ranks(), torch.device(device)
@@ -139,7 +147,8 @@ class Training:
     def _learn(self, model: nn.Module) -> float:
         """One optimiser step; returns the loss of the whole batch."""
         settings, optimiser, count = self._settings, self._optimiser, self._settings.accumulate
-        rate = min(1.0, (self.step + 1) / settings.warm_up) * 0.5 * (1 + math.cos(math.pi * self.step / settings.steps))
+        falling = 0.5 * (1 + math.cos(math.pi * self.step / settings.steps)) if settings.schedule == "cosine" else 1.0
+        rate = min(1.0, (self.step + 1) / settings.warm_up) * falling
         for group in optimiser.param_groups:
             group["lr"] = settings.learning_rate * rate
         optimiser.zero_grad(set_to_none=True)
@@ -167,6 +176,9 @@ class Training:
             nn.utils.clip_grad_norm_(self._network.parameters(), settings.clip)
         self._scaler.step(optimiser)
         self._scaler.update()
+        if self._constrain is not None:
+            with torch.no_grad():
+                self._constrain(self._network)
         self._average.update_parameters(self._network)
         return loss.item()
 

@@ -17,10 +17,10 @@ FILES = sorted([ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / 
 FLOORS = {
     "errors": 0, "types": 1, "chart": 1,
     "features": 2, "heads": 2, "losses": 2,
-    "guidance": 3, "training": 3, "boundaries": 3, "demo": 3, "optimization": 3,
+    "guidance": 3, "training": 3, "boundaries": 3, "demo": 3, "optimization": 3, "adapters": 3.1,
     "comfy_host": 4, "comfy_host.demo_model": 4.1,
     "comfy_host.loaded": 4.1, "comfy_host.edits": 4.2, "comfy_host.guided": 4.3, "comfy_host.training": 4.3,
-    "comfy_host.optimized": 4.4,
+    "comfy_host.optimized": 4.4, "comfy_host.adapters": 4.4,
     "convert": 5, "nodes": 5, "lab": 5,
     "__main__": 6, "__init__": 6,
 }  # fmt: skip

@@ -86,6 +86,19 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     ),
     "RG_LoadBoundary": (["boundary_name"], [], ["BOUNDARY"]),
     "RG_SaveBoundary": (["boundary", "name", "overwrite"], [], ["STRING"]),
+    "RG_DemoSubject": (["seed", "count"], [], ["IMAGE", "STRING"]),
+    "RG_LoadOFT": (
+        ["model", "file", "strength"], ["clip", "strength_clip", "coft_eps", "convention", "orthogonal", "oft"],
+        ["MODEL", "CLIP", "OFT", "STRING", "CONTROL_NET"],
+    ),
+    "RG_SaveOFT": (["oft", "name", "format", "precision", "overwrite"], ["model"], ["STRING"]),
+    "RG_ExtractOFT": (["model", "changed", "layers", "blocks", "block_size"], [], ["OFT", "STRING"]),
+    "RG_TrainOFT": (
+        ["model", "positive", "latents", "steps", "learning_rate", "batch_size", "blocks", "block_size", "coft_eps",
+         "layers", "prior_weight", "weight_decay", "accumulate", "ema", "schedule", "memory", "precision",
+         "validation_share", "validate_every", "preview_every", "seed", "checkpoint"],
+        ["class_positive", "class_latents", "negative"], ["MODEL", "OFT", "IMAGE", "STRING"],
+    ),
 }  # fmt: skip
 DEMO_HEAD = REPOSITORY / "rg_engine" / "demo" / "weights" / "heads" / "demo_pose.safetensors"
 #: Known from KSampler, or plain; a tooltip would only repeat the name.
@@ -241,6 +254,21 @@ def test_the_example_workflow_of_a_guided_model_makes_a_picture_for_each_strengt
     assert len(set(plain)) == 1, "without guidance the pictures differ"
     assert guided[0] == plain[0], "the picture of strength 0 is guided"
     assert len(set(guided)) == 4, "a strength changed nothing"
+
+
+def test_the_oft_workflow_teaches_a_figure_saves_it_and_steers_it(server, workflow):
+    prompt = workflow("oft")
+    change(prompt, "RG_TrainOFT", steps=6, preview_every=3)
+    (classes,) = (n["inputs"] for n in prompt.values() if n["class_type"] == "KSampler")
+    classes["steps"] = 2
+    outputs = server.run(prompt)
+    shown = [image["type"] for output in outputs.values() for image in output.get("images", ())]
+    assert sorted(shown) == ["output"] * 4 + ["temp"] * (8 + 1 + 4), "four pictures; the figure, the loss and the poses"
+    texts = [output["text"][0] for output in outputs.values() if "text" in output]
+    assert "my_figure.safetensors" in texts
+    assert any("6 steps in" in text and "drift" in text for text in texts)
+    names = server.json("/object_info/RG_LoadOFT")["RG_LoadOFT"]["input"]["required"]["file"][1]["options"]
+    assert "my_figure.safetensors" in names
 
 
 def test_the_training_workflow_trains_a_head_saves_it_and_steers_with_it(server, workflow):

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from comfyui_host import REPOSITORY, engine, find_comfyui
+from comfyui_host import engine
+from command_line import run
 from PIL import Image
 
-PATIENCE_S = 240.0  # the machine may be busy with other things
 STEPS = 5
-
-
-def run(*command: str) -> subprocess.CompletedProcess[str]:
-    """A command of a user's, in the repository; what it started is ended with it."""
-    environment = {**os.environ, "COMFYUI_PATH": str(find_comfyui()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    return subprocess.run(
-        [sys.executable, "-m", *command], cwd=REPOSITORY, env=environment, capture_output=True, text=True, timeout=PATIENCE_S
-    )
 
 
 def config(folder: Path, out: str, **changed: object) -> Path:

@@ -6,7 +6,8 @@ The work is done inside a sampling run of ComfyUI's own, so that prompts, LoRAs,
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import comfy.model_management
@@ -29,31 +30,41 @@ KEY = "readout_guidance_read"
 Result = TypeVar("Result")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Noised:
+    """What the network was called on: clean pictures as it knows them, x and sigma (n,)."""
+
+    clean: Tensor
+    x: Tensor
+    sigma: Tensor
+
+
 def with_frozen_model(
     model: Any, positive: Any, shape: tuple[int, ...], work: Callable[[FrozenModel], Result],
-    backbone: Backbone | None = None,
+    backbone: Backbone | None = None, *, tapped: bool = True, more: Mapping[str, Any] | None = None,
 ) -> Result:  # fmt: skip
     """Load ``model`` (a ModelPatcher) as for sampling latents of ``shape`` (B, C, h, w), and give ``work``'s result.
 
-    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each.
-    backbone: tapped where it is read, if not at its own taps. Raises TargetError for a combined or a regional prompt:
-    features have to be the whole picture's.
+    positive: a CONDITIONING, None for an empty prompt; one with as many rows as there are pictures has one for each. more:
+    further ones by name. backbone: tapped where it is read, if not at its own taps; tapped: whether it is at all. Raises
+    TargetError for a combined or a regional prompt: features have to be the whole picture's.
     """
-    backbone = backbone or backbone_of(model)
-    if positive is not None:
+    backbone = (backbone or backbone_of(model)) if tapped else None
+    prompts = {"positive": positive, **(more or {})}
+    for prompt in filter(None, prompts.values()):
         limits = [
             key
-            for _, facts in positive
+            for _, facts in prompt
             for key in ("area", "mask", "start_percent", "end_percent")
             if facts.get(key) is not None
         ]
-        if len(positive) != 1 or limits:
-            found = f"limited by its {limits[0]}" if limits else f"made of {len(positive)} prompts"
+        if len(prompt) != 1 or limits:
+            found = f"limited by its {limits[0]}" if limits else f"made of {len(prompt)} prompts"
             raise TargetError(
                 f"the prompt is {found}: to read a picture out, give one that counts for all of it (CLIP Text Encode)"
             )
     guider = comfy.samplers.CFGGuider(model.clone())
-    guider.inner_set_conds({"positive": positive if positive is not None else empty_prompt(model)})
+    guider.inner_set_conds({key: prompt if prompt is not None else empty_prompt(model) for key, prompt in prompts.items()})
     guider.set_cfg(1.0)
     frames = pictures_have_frames(model)
     run = _Work(lambda loaded, options: work(FrozenModel(loaded, options, backbone, frames)))
@@ -66,7 +77,7 @@ def with_frozen_model(
 class FrozenModel:
     """The model while it is loaded."""
 
-    def __init__(self, guider: Any, options: dict[str, Any], backbone: Backbone, frames: bool = False) -> None:
+    def __init__(self, guider: Any, options: dict[str, Any], backbone: Backbone | None, frames: bool = False) -> None:
         self._guider, self._frames = guider, frames
         self._options = options
         self._backbone = backbone
@@ -89,23 +100,14 @@ class FrozenModel:
         Args: latents (n, C, h, w) as the VAE gives them; noise like latents; time (n,), parts of the diffusion time;
         pictures (n,), each one's row among the prompts; reversed_timestep gives the embedding of 999 - t instead of t's.
         """
-        comfy.model_management.throw_exception_if_processing_interrupted()
+        assert self._backbone is not None
+        catch = _Catch(self._backbone)
         with torch.inference_mode():
-            model = self._guider.inner_model
+            noised = self.call(latents, noise, time, catch.apply_model, pictures=pictures)
+            model, sigma = self._guider.inner_model, noised.sigma
             sampling = model.model_sampling
-            clip = (float(sampling.sigma_min), float(sampling.sigma_max))
-            sigmas = [min(max(float(sampling.percent_to_sigma(1.0 - float(t))), clip[0]), clip[1]) for t in time]
-            sigma = torch.tensor(sigmas, device=self.device)
-            if self._frames:
-                latents, noise = latents[:, :, None], noise[:, :, None]
-            clean = model.process_latent_in(latents.to(self.device))
-            x = sampling.noise_scaling(spread(sigma, clean), noise.to(clean), clean, False)
-            catch = _Catch(self._backbone)
-            options = comfy.model_patcher.create_model_options_clone(self._options)
-            add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, catch.apply_model, options, is_model_options=True)
-            comfy.samplers.calc_cond_batch(model, [_prompts_of(self._guider.conds["positive"], pictures)], x, sigma, options)
             features, emb = catch.found
-            level = (sigma * input_scale(model, sigma, x).flatten()).flatten()
+            level = (sigma * input_scale(model, sigma, noised.x).flatten()).flatten()
             emb = self._backbone.emb(emb, level)
             if reversed_timestep:
                 network = model.diffusion_model
@@ -113,6 +115,54 @@ class FrozenModel:
                 emb = network.time_embed(turned)
         with torch.inference_mode(False):
             return Reading(features=[plain(f).float() for f in features], emb=plain(emb).float(), noise_level=plain(level))
+
+    @property
+    def network(self) -> Any:
+        return self._guider.inner_model.diffusion_model
+
+    @property
+    def model_sampling(self) -> Any:
+        return self._guider.inner_model.model_sampling
+
+    def call(
+        self, latents: Tensor, noise: Tensor, time: Tensor, through: Callable[..., Tensor], *, prompt: str = "positive",
+        pictures: Tensor | None = None, attention: Any = None,
+    ) -> Noised:  # fmt: skip
+        """Call the network on noised pictures (arguments as :meth:`read`'s); ``through`` gets ComfyUI's executor of the call
+        and its arguments, and returns what it predicts. prompt: whose. attention: in the kernel's place, unless another node
+        took it."""
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        model = self._guider.inner_model
+        sampling = model.model_sampling
+        clip = (float(sampling.sigma_min), float(sampling.sigma_max))
+        sigmas = [min(max(float(sampling.percent_to_sigma(1.0 - float(t))), clip[0]), clip[1]) for t in time]
+        sigma = torch.tensor(sigmas, device=self.device)
+        if self._frames:
+            latents, noise = latents[:, :, None], noise[:, :, None]
+        clean = model.process_latent_in(latents.to(self.device))
+        x = sampling.noise_scaling(spread(sigma, clean), noise.to(clean), clean, False)
+        options = comfy.model_patcher.create_model_options_clone(self._options)
+        add_wrapper_with_key(WrappersMP.APPLY_MODEL, KEY, through, options, is_model_options=True)
+        if attention is not None:
+            options["transformer_options"].setdefault("optimized_attention_override", attention)
+        comfy.samplers.calc_cond_batch(model, [_prompts_of(self._guider.conds[prompt], pictures)], x, sigma, options)
+        return Noised(clean=clean, x=x, sigma=sigma)
+
+    def sample(self, noise: Tensor, steps: int, cfg: float, prompt: str = "positive") -> Tensor:
+        """Pictures made from noise (n, C, h, w) by Euler's method, as latents of the VAE; there has to be a prompt named
+        negative."""
+        model, guider = self._guider.inner_model, self._guider
+        sigmas = comfy.samplers.calculate_sigmas(model.model_sampling, "normal", steps).to(self.device)
+        before, guider.conds = guider.conds, {**guider.conds, "positive": guider.conds[prompt]}
+        guider.set_cfg(cfg)
+        try:
+            extra = {"model_options": self._options, "seed": 0}
+            x = noise.to(self.device)
+            made = comfy.samplers.ksampler("euler").sample(guider, sigmas, extra, None, x, torch.zeros_like(x), None, True)
+            return model.process_latent_out(made.float()).cpu()
+        finally:
+            guider.conds = before
+            guider.set_cfg(1.0)
 
 
 class _Work(comfy.samplers.Sampler):

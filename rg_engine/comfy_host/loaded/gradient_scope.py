@@ -56,10 +56,9 @@ class GradientScope:
         try:
             self._modes.enter_context(torch.inference_mode(False))
             self._modes.enter_context(torch.enable_grad())
-            if self._transformer:
-                self._modes.enter_context(kernels_with_backward())
-                if hasattr(comfy.model_management, "in_training"):
-                    self._replace(vars(comfy.model_management), "in_training", True)
+            self._modes.enter_context(kernels_with_backward(self._transformer))
+            if hasattr(comfy.model_management, "in_training"):  # newer ComfyUIs choose their operations by it
+                self._replace(vars(comfy.model_management), "in_training", True)
             for module in self._modules:
                 self.writes |= bool("forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks)
                 casts = casts_weights(module)

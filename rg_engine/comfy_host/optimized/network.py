@@ -86,7 +86,7 @@ class Network:
     @contextlib.contextmanager
     def scope(self) -> Iterator[None]:
         """In which calls have a graph. Other nodes' code in the network, and ControlNets, may write in place there."""
-        with _in_training(), contextlib.ExitStack() as stack:
+        with contextlib.ExitStack() as stack:
             for scope in self._scopes:
                 stack.enter_context(scope)
             patched = any(map(self._transformer.get, ("patches", "patches_replace")))
@@ -108,17 +108,3 @@ class Network:
         """The wrapper around BaseModel.apply_model: ordinary tensors, and attention that has a backward."""
         options = {**(transformer_options or {}), "optimized_attention_override": ATTENTION[self._graph]}
         return executor(x, plain(t), plain(c_concat), plain(c_crossattn), plain(control), options, **plain(kwargs))
-
-
-@contextlib.contextmanager
-def _in_training() -> Iterator[None]:
-    """What newer ComfyUIs' transformers ask before they take operations without a backward."""
-    management = comfy.model_management
-    if not hasattr(management, "in_training"):
-        yield
-        return
-    before, management.in_training = management.in_training, True
-    try:
-        yield
-    finally:
-        management.in_training = before

@@ -22,7 +22,7 @@ from ...training.data.folders import FileExamples, gather_files, load_picture, p
 from ...training.distributed import Ranks, joined
 from ...training.new_head import as_controls, empty_value
 from ...training.plot import loss_plot
-from ..demo_model import load_demo_model
+from ..demo_model import NETWORKS, load_demo_model
 from .head import train_head
 
 ENCODED_AT_ONCE = 8
@@ -36,9 +36,9 @@ def train_from_files(config: TrainingConfig) -> None:
     files = gather_files(config)
     with joined() as ranks:
         with torch.inference_mode():
-            model, clip, vae = _load_model(config.model)
-            latents = _encode(files.pictures, vae, config.size)
-            positive = _prompts(config.prompt, files.pictures, clip)
+            model, clip, vae = load_model(config.model)
+            latents = encode(files.pictures, vae, config.size)
+            positive = prompts_of(config.prompt, files.pictures, clip)
             truth = _truth(config, files, latents, vae)
         with torch.inference_mode(False):
             examples = Examples(
@@ -49,7 +49,7 @@ def train_from_files(config: TrainingConfig) -> None:
             )
         checkpoint, log = config.out.with_suffix(".checkpoint"), config.out.with_suffix(".jsonl")
         if ranks.first:
-            _cut_back(log, checkpoint)
+            cut_back(log, checkpoint)
 
         def keep(head: ReadoutHead) -> None:
             if ranks.first:
@@ -64,7 +64,7 @@ def train_from_files(config: TrainingConfig) -> None:
             model, examples, config.settings, name=config.out.name, positive=positive, projection=config.width,
             background=empty_value(config.kind, config.sparse), temperature=config.temperature, margin=config.margin,
             checkpoint=checkpoint, block=config.block,
-            facts={"model": Path(config.model).name}, ranks=ranks, report=_reporter(log, ranks), keep=keep,
+            facts={"model": Path(config.model).name}, ranks=ranks, report=reporter(log, ranks), keep=keep,
         )  # fmt: skip
         if ranks.first:
             config.out.parent.mkdir(parents=True, exist_ok=True)
@@ -77,11 +77,12 @@ def train_from_files(config: TrainingConfig) -> None:
             print(f"wrote {config.out}", flush=True)
 
 
-def _load_model(name: str) -> tuple[Any, Any, Any]:
-    if name == "demo":
-        return load_demo_model()
+def load_model(name: str) -> tuple[Any, Any, Any]:
+    for network in NETWORKS:
+        if name == ("demo" if network == NETWORKS[0] else f"demo {network}"):
+            return load_demo_model(network)
     if not Path(name).is_file():
-        raise TrainingError(f"there is no checkpoint {name!r}: give the path of one, or demo")
+        raise TrainingError(f"there is no checkpoint {name!r}: give the path of one, demo, or demo transformer")
     import comfy.sd
 
     model, clip, vae, *_ = comfy.sd.load_checkpoint_guess_config(name, output_vae=True, output_clip=True)
@@ -90,19 +91,27 @@ def _load_model(name: str) -> tuple[Any, Any, Any]:
     return model, clip, vae
 
 
-def _encode(paths: list[Path], vae: Any, size_px: int) -> Tensor:
+def encode(paths: list[Path], vae: Any, size_px: int) -> Tensor:
     parts = [paths[i : i + ENCODED_AT_ONCE] for i in range(0, len(paths), ENCODED_AT_ONCE)]
     return torch.cat(
         [without_frames(vae.encode(torch.stack([load_picture(p, size_px) for p in part]))).float().cpu() for part in parts]
     )
 
 
-def _prompts(prompt: str, pictures: list[Path], clip: Any) -> list:
+def prompts_of(prompt: str, pictures: list[Path], clip: Any) -> list:
     """A CONDITIONING: one row for all, or one a picture."""
     texts = [prompt_of(path) for path in pictures] if prompt == "captions" else [prompt]
-    encoded = {text: clip.encode_from_tokens(clip.tokenize(text), return_pooled=True) for text in set(texts)}
-    context, pooled = (torch.cat([encoded[text][i] for text in texts]) for i in (0, 1))
-    return [[context, {"pooled_output": pooled}]]
+    encoded = {text: clip.encode_from_tokens_scheduled(clip.tokenize(text))[0] for text in set(texts)}
+    contexts = [encoded[text][0] for text in texts]
+    if len({context.shape[1] for context in contexts}) > 1:
+        raise TrainingError(
+            "this model's text encoder makes as many tokens as a caption has words, and captions of several lengths can't "
+            "be learned from together: give one prompt for all pictures"
+        )
+    facts = dict(encoded[texts[0]][1])
+    if facts.get("pooled_output") is not None:
+        facts["pooled_output"] = torch.cat([encoded[text][1]["pooled_output"] for text in texts])
+    return [[torch.cat(contexts), facts]]
 
 
 def _truth(config: TrainingConfig, files: FileExamples, latents: Tensor, vae: Any) -> Tensor | None:
@@ -110,12 +119,12 @@ def _truth(config: TrainingConfig, files: FileExamples, latents: Tensor, vae: An
     if files.controls is None:
         return fit(files.truth, cells) if config.kind == "keypoint" and files.truth is not None else files.truth
     if config.kind == "lgp":
-        return _encode(files.controls, vae, config.size)
+        return encode(files.controls, vae, config.size)
     maps = torch.stack([fit(load_picture(path, config.size).permute(2, 0, 1)[None], cells)[0] for path in files.controls])
     return as_controls(maps)
 
 
-def _cut_back(log: Path, checkpoint: Path) -> None:
+def cut_back(log: Path, checkpoint: Path) -> None:
     """Leave in the log the steps that the checkpoint has; without one, none."""
     if not log.exists():
         return
@@ -126,7 +135,7 @@ def _cut_back(log: Path, checkpoint: Path) -> None:
     log.write_text("".join(lines[:steps]), encoding="utf-8")
 
 
-def _reporter(log: Path, ranks: Ranks) -> Any:
+def reporter(log: Path, ranks: Ranks) -> Any:
     """Writes a JSON line a step, prints validations."""
     if not ranks.first:
         return None

@@ -1,0 +1,1 @@
+"""Orthogonal adapters on a loaded model: applied, trained, saved, extracted."""
