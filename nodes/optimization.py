@@ -57,8 +57,8 @@ class OptimizeNoise(io.ComfyNode):
                 io.Int.Input("updates", default=20, min=0, max=10000, tooltip="Updates of the noise; 0 is KSampler."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=100.0, step=0.05,
-                    tooltip="fast: 1 moves the noise by a hundredth of its size an update. reference: multiplies the "
-                    "authors' step. 0 is KSampler.",
+                    tooltip="fast: 1 moves the noise by a twentieth of its size an update, before momentum. reference: "
+                    "multiplies the authors' step. 0 is KSampler.",
                 ),
                 io.Combo.Input(
                     "mode", options=["fast", "reference"], default="fast",
@@ -94,12 +94,13 @@ class OptimizeNoise(io.ComfyNode):
                     "here. They go with couple edict, 50 steps and cfg 7.5.",
                 ),
                 io.Combo.Input(
-                    "noise_like", options=["norm", "white"], default="norm", optional=True,
-                    tooltip="What keep_norm keeps. norm: the noise's size. white: its power in each ring of frequencies, so "
-                    "that no pattern grows in it.",
+                    "noise_like", options=["norm", "white"], default="white", optional=True,
+                    tooltip="fast: what keep_norm keeps. norm: the noise's size. white: its power in each ring of "
+                    "frequencies, so that no pattern grows in it.",
                 ),
                 io.Boolean.Input(
-                    "nesterov", default=False, optional=True, tooltip="Momentum that looks a step ahead, as ReNO has it."
+                    "nesterov", default=True, optional=True,
+                    tooltip="fast: momentum that looks a step ahead, as ReNO has it.",
                 ),
             ],
             outputs=[
@@ -115,12 +116,12 @@ class OptimizeNoise(io.ComfyNode):
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, vae, loss=None,
         updates=20, strength=1.0, mode="fast", target=None, couple="none", keep_norm=True, noise=0.0, clip=0.001,
-        loss_scale=1.0, preset=OWN, noise_like="norm", nesterov=False,
+        loss_scale=1.0, preset=OWN, noise_like="white", nesterov=True,
     ) -> io.NodeOutput:  # fmt: skip
-        settings = UpdateSettings(
-            mode=mode, strength=strength, clip=clip, loss_scale=loss_scale, noise=noise, nesterov=nesterov,
-            keep=noise_like if keep_norm else "none",
-        )  # fmt: skip
+        own = {"keep": noise_like, "nesterov": nesterov} if mode == "fast" else {}  # the authors' rule has neither
+        settings = UpdateSettings(mode=mode, strength=strength, clip=clip, loss_scale=loss_scale, noise=noise, **own)
+        if not keep_norm:
+            settings = dataclasses.replace(settings, keep="none")
         if preset != OWN:
             chosen = preset_of(preset)
             settings, updates = dataclasses.replace(chosen.update, strength=strength), chosen.updates

@@ -36,13 +36,12 @@ BINS = 5  # of each channel, in the histogram of colours
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Aim:
-    """What is asked of n pictures: a loss or a target, strength, and the error of finished pictures (n, H, W, 3)."""
+    """What is asked of n pictures: a loss or a target, and the error of finished pictures (n, H, W, 3)."""
 
     name: str
     error: Callable[[Tensor], np.ndarray]
     loss: PictureLoss | None = None
     target: Target | None = None
-    strength: float = 1.0
 
 
 def doodl_table(world: World) -> list[dict[str, Any]]:
@@ -126,7 +125,7 @@ def _ways(world: World, aim: Aim, count: int) -> Any:
 def _pose(world: World, wanted: ScenePictures) -> Aim:
     recipe = demo_recipe("demo_pose")
     return Aim(
-        name="pose, px", target=scene_target(world, recipe, world.head("demo_pose"), wanted), strength=2.0,
+        name="pose, px", target=scene_target(world, recipe, world.head("demo_pose"), wanted),
         error=lambda pictures: control_errors("pose", pictures, wanted.scenes, world.estimator),
     )  # fmt: skip
 
@@ -134,7 +133,7 @@ def _pose(world: World, wanted: ScenePictures) -> Aim:
 def _colours(wanted: ScenePictures) -> Aim:
     measure = picture_measure("palette", wanted.picture, None)
     return Aim(
-        name="colours, share of pixels", loss=PictureLoss(name="palette", measure=measure), strength=2.0,
+        name="colours, share of pixels", loss=PictureLoss(name="palette", measure=measure),
         error=lambda pictures: np.array(
             [_histogram_distance(a, b) for a, b in zip(pictures, wanted.picture, strict=True)]
         ),
@@ -149,7 +148,7 @@ def _run(
     began = time.perf_counter()
     with torch.inference_mode():
         done: Optimized = optimize_noise(
-            world.model, world.vae, aim.loss, aim.target, UpdateSettings(strength=aim.strength), updates=updates,
+            world.model, world.vae, aim.loss, aim.target, UpdateSettings(keep="white", nesterov=True), updates=updates,
             coupled=False, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="normal",
             positive=encoded(world.clip, [PROMPT]), negative=encoded(world.clip, [""]), latent=_empty(count),
             denoise=1.0, watch=watch,

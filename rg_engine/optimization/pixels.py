@@ -31,6 +31,20 @@ def normalised(pixels: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) 
     return (pixels - low) / wide
 
 
+def averaged(pixels: Tensor, size_px: int) -> Tensor:
+    """``adaptive_avg_pool2d`` to size_px squared, as matrix products, since Apple's GPUs pool to divisors only."""
+    down, across = (_shares(side, size_px).to(pixels) for side in pixels.shape[-2:])
+    return down @ pixels @ across.T
+
+
+def _shares(side: int, parts: int) -> Tensor:
+    """Which of ``side`` cells each of ``parts`` is the mean of, (parts, side)."""
+    places, k = torch.arange(side), torch.arange(parts)
+    first, end = k * side // parts, -(-(k + 1) * side // parts)
+    inside = (places >= first[:, None]) & (places < end[:, None])
+    return inside.double() / inside.sum(1, keepdim=True)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Crops:
     """What a network that takes square pictures of ``size_px`` is shown of larger ones.
@@ -58,7 +72,7 @@ class Crops:
         if not self.count:
             yield F.interpolate(pixels, (self.size_px, self.size_px), mode="bilinear")
         for size, x, y in self.boxes(pixels.shape[-2], pixels.shape[-1], generator):
-            yield F.adaptive_avg_pool2d(pixels[..., y : y + size, x : x + size], self.size_px)
+            yield averaged(pixels[..., y : y + size, x : x + size], self.size_px)
 
 
 WHOLE = Crops()

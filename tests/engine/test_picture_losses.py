@@ -23,6 +23,7 @@ from rg_engine.optimization.losses import (
     spherical_distance,
     symmetry_loss,
 )  # fmt: skip
+from rg_engine.optimization.pixels import averaged
 
 
 def noise(*shape, seed=0):
@@ -120,6 +121,12 @@ def test_crops_lie_inside_and_are_drawn_alike_from_a_seed():
     assert all(16 <= size <= 40 and 0 <= x <= 60 - size and 0 <= y <= 40 - size for size, x, y in boxes)
     assert sum(size > 28 for size, _, _ in boxes) > 100  # most are large
     assert {size for size, _, _ in crops.boxes(12, 12, torch.Generator())} == {12}  # of a small picture all of it
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (33, 57), (10, 7)])
+def test_crops_are_averaged_as_pytorch_pools_them(shape):
+    pixels = noise(2, 3, *shape)
+    torch.testing.assert_close(averaged(pixels, 16), torch.nn.functional.adaptive_avg_pool2d(pixels, 16))
 
 
 def test_a_chain_is_the_weighted_sum():

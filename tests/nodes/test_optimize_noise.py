@@ -93,7 +93,7 @@ def test_without_updates_the_picture_is_ksamplers_to_the_last_bit(small, given, 
 
 
 MODES = [
-    {}, {"mode": "reference", "loss_scale": 0.1}, {"noise_like": "white"}, {"nesterov": True}, {"keep_norm": False},
+    {}, {"mode": "reference", "loss_scale": 0.1}, {"noise_like": "norm"}, {"nesterov": False}, {"keep_norm": False},
     {"noise": 1e-3}, {"couple": "edict", "steps": 10, "cfg": 1.0},
 ]  # fmt: skip
 

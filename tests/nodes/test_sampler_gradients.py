@@ -164,7 +164,8 @@ def test_a_flow_model_with_a_transformer(comfyui):
     with torch.inference_mode():
         model = transformer.new_transformer()
         engine("lab.cost.models").randomise(model.diffusion_model, seed=1, scale=0.5)
-    prompts = [[[torch.randn(1, 16, 96, generator=torch.Generator().manual_seed(k)), {}]] for k in range(2)]
+    facts = {"attention_mask": torch.ones(1, 16, dtype=torch.long)}
+    prompts = [[[torch.randn(1, 16, 96, generator=torch.Generator().manual_seed(k)), facts]] for k in range(2)]
     kit = SimpleNamespace(model=patcher(model), prompts=prompts)
     for settings in ({"cfg": 1.0}, {"graph": "light"}, {"coupled": True}):
         assert off(kit, shape=(1, 8, 16, 16), steps=4, **settings) < NEAR

@@ -57,9 +57,9 @@ class History:
 
 def _row(images: Tensor) -> Tensor:
     """Pictures (B, 3, H, W) in -1..1, side by side and no larger than is kept, (h, w, 3) in 0..1, on the CPU."""
-    pixels = (images.float() / 2 + 0.5).clamp(0, 1)
+    pixels = (images.float().cpu() / 2 + 0.5).clamp(0, 1)
     scale = KEPT_PX / max(pixels.shape[-2:])
     if scale < 1:
         size = [max(1, round(side * scale)) for side in pixels.shape[-2:]]
         pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True)
-    return torch.cat(list(pixels.movedim(1, -1)), 1).cpu()
+    return torch.cat(list(pixels.movedim(1, -1)), 1)

@@ -15,8 +15,8 @@ SOBEL = ((-1.0, 0.0, 1.0), (-2.0, 0.0, 2.0), (-1.0, 0.0, 1.0))
 
 def fitted(maps: Tensor, like: Tensor) -> Tensor:
     """Pictures or masks (n, C, h, w) at the size and for the batch of ``like``."""
-    if maps.shape[-2:] != like.shape[-2:]:
-        maps = F.interpolate(maps.to(like), like.shape[-2:], mode="bilinear", antialias=True)
+    if maps.shape[-2:] != like.shape[-2:]:  # before it is moved: Apple's GPUs know no antialiasing
+        maps = F.interpolate(maps.to(like.dtype), like.shape[-2:], mode="bilinear", antialias=True)
     return maps.to(like).expand(len(like), -1, -1, -1)
 
 
