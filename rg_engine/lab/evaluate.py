@@ -27,14 +27,14 @@ from ..guidance import GuidanceSettings
 from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
-from .boundaries.table import boundaries_table
 from .cost.adapters import oft_cost_table
 from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
 from .demo_world import World, encoded, load_world
-from .evaluate_blocks import blocks_table, plot_blocks
-from .evaluate_doodl import doodl_cost_table, doodl_table
-from .evaluate_edits import drags_table, identity_table
-from .evaluate_oft import oft_table
+from .evidence.blocks import blocks_table, plot_blocks
+from .evidence.boundaries import boundaries_table
+from .evidence.doodl import doodl_cost_table, doodl_table
+from .evidence.edits import drags_table, identity_table
+from .evidence.oft import oft_table
 from .steering import SCENE_SEED, Way, scene_scores, steer
 
 READ_SCENES = 96

@@ -322,7 +322,7 @@ def test_a_batch_and_its_labels_are_two_batches(kit):
 
 
 def test_a_shirt_anywhere_by_its_region(kit):
-    demo = engine("lab.boundaries.attributes")
+    demo = engine("lab.evidence.boundary_attributes")
     attribute = next(each for each in demo.ATTRIBUTES if each.name == "red shirt, anywhere")
     pairs = demo.sample_pairs(attribute, 16, 3)
     masks = torch.stack([demo.where_they_differ(*pair.pictures()) for pair in pairs])

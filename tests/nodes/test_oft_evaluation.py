@@ -12,7 +12,7 @@ pytestmark = pytest.mark.usefixtures("comfyui")
 
 @pytest.fixture
 def evaluation():
-    return engine("lab.evaluate_oft")
+    return engine("lab.evidence.oft")
 
 
 def test_the_subject_is_like_itself_and_nobody_else(evaluation):
@@ -38,7 +38,7 @@ def test_walls_and_solids_are_seen(evaluation):
 
 
 def test_a_lora_of_the_comparison_begins_as_the_model_itself(evaluation):
-    low_rank, learning = engine("lab.low_rank"), engine("adapters.learning")
+    low_rank, learning = engine("lab.evidence.low_rank"), engine("adapters.learning")
     frozen_model = engine("comfy_host.loaded.frozen_model")
 
     @torch.inference_mode(False)

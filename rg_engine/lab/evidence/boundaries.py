@@ -18,8 +18,8 @@ from ...comfy_host.edits.levels import timesteps_up_to
 from ...comfy_host.edits.passes import Prompts, State, go_down, go_up
 from ...guidance.targets import fit
 from ..demo_world import World, encoded
-from ..evaluate_edits import colour_distance
-from .attributes import ATTRIBUTES, Attribute, Pair, change_elsewhere, is_flipped, sample_pairs, where_they_differ
+from .boundary_attributes import ATTRIBUTES, Attribute, Pair, change_elsewhere, is_flipped, sample_pairs, where_they_differ
+from .edits import colour_distance
 
 LEARNED, SEED, LEVELS, AT_ONCE = 60, 8101, 30, 32
 MOST_LEARNED = 100

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapters import Layer
-from ..comfy_host.adapters.training.turning import TurnedModel
+from ...adapters import Layer
+from ...comfy_host.adapters.training.turning import TurnedModel
 
 
 class LowRank(nn.Module):

@@ -8,19 +8,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..chart import Chart
-from ..comfy_host.loaded.gradient_scope import GradientScope
-from ..comfy_host.loaded.model import backbone_of
-from ..comfy_host.loaded.saved_tensors import beside_other_nodes
-from ..demo.measure import mean_and_error
-from ..demo.text import MAX_TOKENS, WIDTH
-from ..features import Backbone, FeatureTap
-from ..guidance import GuidanceSettings
-from ..training import TrainingSettings
-from .cost.operations import Operations
-from .demo_heads import demo_examples, demo_recipe, train_demo_head
-from .demo_world import World
-from .steering import Way, scene_scores, steer
+from ...chart import Chart
+from ...comfy_host.loaded.gradient_scope import GradientScope
+from ...comfy_host.loaded.model import backbone_of
+from ...comfy_host.loaded.saved_tensors import beside_other_nodes
+from ...demo.measure import mean_and_error
+from ...demo.text import MAX_TOKENS, WIDTH
+from ...features import Backbone, FeatureTap
+from ...guidance import GuidanceSettings
+from ...training import TrainingSettings
+from ..cost.operations import Operations
+from ..demo_heads import demo_examples, demo_recipe, train_demo_head
+from ..demo_world import World
+from ..steering import Way, scene_scores, steer
 
 EXAMPLES, STEPS = 1000, 600
 LINE, DOTS = (40, 90, 180), (200, 60, 40)

@@ -11,15 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..adapters import turn
-from ..adapters.energy import hyperspherical_energy
-from ..adapters.learning import AdapterExamples, AdapterTraining, OftSettings, Turns
-from ..comfy_host.adapters.training.turning import TurnedModel, new_turns, trainable
-from ..comfy_host.loaded.frozen_model import FrozenModel, with_frozen_model
-from ..demo.scene_pictures import subject_pictures
-from ..demo.world import COLOURS, SUBJECT_COLOURS, WALLS
-from ..training.loop import Progress
-from .demo_world import World, encoded
+from ...adapters import turn
+from ...adapters.energy import hyperspherical_energy
+from ...adapters.learning import AdapterExamples, AdapterTraining, OftSettings, Turns
+from ...comfy_host.adapters.training.turning import TurnedModel, new_turns, trainable
+from ...comfy_host.loaded.frozen_model import FrozenModel, with_frozen_model
+from ...demo.scene_pictures import subject_pictures
+from ...demo.world import COLOURS, SUBJECT_COLOURS, WALLS
+from ...training.loop import Progress
+from ..demo_world import World, encoded
 from .low_rank import LowRank, LowRankModel
 
 SEED, PICTURES = 5, 8  # of the subject

@@ -1,4 +1,4 @@
-"""The table of :mod:`.evaluate` on optimized noise, against guidance on the way and the best of many pictures.
+"""The table of ``evaluate`` on optimized noise, against guidance on the way and the best of many pictures.
 
 Two aims: a scene's pose, which a readout head reads in the finished picture, and the colours of a picture. Judged on
 finished pixels by what did not steer: the referee's joints, and a histogram of colours.
@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..comfy_host.optimized.measured.losses import picture_measure
-from ..comfy_host.optimized.node import Optimized, optimize_noise
-from ..comfy_host.optimized.optimizer import Seen
-from ..demo.measure import control_errors, mean_and_error
-from ..demo.scene_pictures import ScenePictures, scene_pictures
-from ..guidance import GuidanceSettings, Target
-from ..optimization import PictureLoss, UpdateSettings
-from .cost.operations import count_kept_bytes
-from .demo_heads import demo_recipe
-from .demo_world import World, encoded, sample
-from .steering import SCENE_SEED, scene_target
+from ...comfy_host.optimized.measured.losses import picture_measure
+from ...comfy_host.optimized.node import Optimized, optimize_noise
+from ...comfy_host.optimized.optimizer import Seen
+from ...demo.measure import control_errors, mean_and_error
+from ...demo.scene_pictures import ScenePictures, scene_pictures
+from ...guidance import GuidanceSettings, Target
+from ...optimization import PictureLoss, UpdateSettings
+from ..cost.operations import count_kept_bytes
+from ..demo_heads import demo_recipe
+from ..demo_world import World, encoded, sample
+from ..steering import SCENE_SEED, scene_target
 
 PROMPT, STEPS, CFG, SEED = "a red figure, grey wall", 6, 3.0, 100
 UPDATES = (5, 10, 20)

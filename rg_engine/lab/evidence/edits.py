@@ -1,4 +1,4 @@
-"""The tables of :mod:`.evaluate` on drags and identities, measured on finished pixels."""
+"""The tables of ``evaluate`` on drags and identities, measured on finished pixels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..comfy_host.edits.inversion import invert_latent
-from ..demo.estimator import joint_positions
-from ..demo.render import pose_map, render
-from ..demo.scene_pictures import sample_scenes
-from ..demo.world import COLOURS, JOINTS, Scene
-from ..guidance import GuidanceSettings, Target
-from ..types import Drag
-from .demo_world import World, encoded, sample
+from ...comfy_host.edits.inversion import invert_latent
+from ...demo.estimator import joint_positions
+from ...demo.render import pose_map, render
+from ...demo.scene_pictures import sample_scenes
+from ...demo.world import COLOURS, JOINTS, Scene
+from ...guidance import GuidanceSettings, Target
+from ...types import Drag
+from ..demo_world import World, encoded, sample
 
 DRAG_SEED = 6007
 #: What is dragged, and how far guidance goes for it (the sampler's strength).

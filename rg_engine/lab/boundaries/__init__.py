@@ -1,1 +1,0 @@
-"""How well boundaries edit the demo world."""

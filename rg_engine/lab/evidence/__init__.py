@@ -1,0 +1,1 @@
+"""Tables of ``python -m rg_engine evaluate``, a file a capability."""
