@@ -59,9 +59,9 @@ def step_cost(world: World, backbone: Backbone) -> float:
     network = world.model.model.diffusion_model
     with torch.inference_mode(False):
         x, sigma, words = torch.randn(1, 8, 16, 16), torch.full((1,), 0.5), torch.randn(1, MAX_TOKENS, WIDTH)
-    with torch.inference_mode(), Operations() as plain:
-        network(x, sigma, context=words, num_tokens=MAX_TOKENS)
     scope = GradientScope(network, "full", backbone)
+    with scope, torch.no_grad(), Operations() as plain:
+        network(x, sigma, context=words, num_tokens=MAX_TOKENS)
     with scope, beside_other_nodes(), FeatureTap(network, backbone) as tap, Operations() as guided:
         leaf = x.clone().requires_grad_()
         network(leaf, sigma, context=words, num_tokens=MAX_TOKENS)
