@@ -1,7 +1,7 @@
 """Where to tap which backbone, and the tap."""
 
-from .backbones import detect_backbone
-from .contract import Backbone, check_head_fits
+from .backbones import check_head_fits, detect_backbone
+from .contract import Backbone
 from .tap import FeatureTap
 
 __all__ = ["Backbone", "FeatureTap", "check_head_fits", "detect_backbone"]

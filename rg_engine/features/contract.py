@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from itertools import groupby
 
 from torch import Tensor
@@ -76,30 +76,6 @@ class Backbone:
     def describe(self) -> str:
         read = f" at {', '.join(self.taps)}" if self.is_transformer else ""
         return f"{self.name} ({describe_maps(self.channels)}{read})"
-
-
-def check_head_fits(
-    backbone: Backbone, *, head_name: str, trained_on: str, feature_channels: tuple[int, ...], emb_width: int | None,
-    taps: Sequence[str] = (), family: str | None = None,
-) -> Backbone:  # fmt: skip
-    """The backbone with the taps in use that a head reads: those that it names, or the backbone's own.
-
-    Raises BackboneError, with both shapes in words, if the head was trained on another kind of model. ``emb_width`` is None
-    for heads that take no timestep embedding. Transformers of one width are many, so there the name has to agree as well.
-    """
-    known = {tap.path for tap in backbone.available}
-    named = bool(taps) and known.issuperset(taps)
-    read = backbone.at(taps) if named else backbone
-    emb_differs = emb_width is not None and emb_width != backbone.emb_width
-    other = backbone.is_transformer and not (named and trained_on == backbone.name)
-    if feature_channels == read.channels and not emb_differs and not other:
-        return read
-    named_family = family or ("another model" if trained_on == "unknown" else trained_on)
-    theirs, ours = (f", emb {width}" if emb_differs else "" for width in (emb_width, backbone.emb_width))
-    raise BackboneError(
-        f"head {head_name!r} was trained on {named_family} ({describe_maps(feature_channels)}{theirs}), the model is "
-        f"{backbone.name} ({describe_maps(read.channels)}{ours}). Use a head that was trained on this kind of model"
-    )
 
 
 def describe_maps(channels: tuple[int, ...]) -> str:
