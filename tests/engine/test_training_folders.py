@@ -398,7 +398,7 @@ def test_a_kind_without_its_folders(tmp_path, kind, words):
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "holds no settings: expected lines such as 'kind: spatial'"),
+        (b"", "holds no settings: expected lines such as 'kind: ...'"),
         (b"spatial", "holds no settings"),
         (b"- kind: spatial", "holds no settings"),
         (b"kind: [spatial", "is neither YAML nor JSON"),

@@ -139,7 +139,7 @@ def flow_transformer():
     """Lumina 2's kind of model, small, with random weights, and a prompt for it."""
     from small_models import patcher
 
-    model = engine("comfy_host.demo_transformer").new_transformer()
+    model = engine("comfy_host.demo_model.transformer").new_transformer()
     engine("lab.cost.models").randomise(model.diffusion_model, seed=0, scale=0.5)
     words = torch.randn(1, 16, 96, generator=torch.Generator().manual_seed(0))
     return patcher(model), [[words, {"attention_mask": torch.ones(1, 16, dtype=torch.long)}]]

@@ -160,7 +160,7 @@ def test_the_authors_gradient_through_comfyuis_own_euler(small):
 
 def test_a_flow_model_with_a_transformer(comfyui):
     """Its first latent, its noise and the network's input are on another scale."""
-    transformer = engine("comfy_host.demo_transformer")
+    transformer = engine("comfy_host.demo_model.transformer")
     with torch.inference_mode():
         model = transformer.new_transformer()
         engine("lab.cost.models").randomise(model.diffusion_model, seed=1, scale=0.5)

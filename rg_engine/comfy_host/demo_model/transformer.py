@@ -47,7 +47,7 @@ class DemoTransformerConfig(comfy.supported_models.Lumina2):
 
 def load_transformer(device: Any) -> Any:
     """ComfyUI's model on a device."""
-    model = _new_transformer(device)
+    model = new_transformer(device)
     weights = load(TRANSFORMER)
     if "norm_final.weight" in model.diffusion_model.state_dict():  # of older ComfyUIs, which don't use it
         weights["network.norm_final.weight"] = torch.ones_like(model.diffusion_model.norm_final.weight)
@@ -55,7 +55,7 @@ def load_transformer(device: Any) -> Any:
     return model
 
 
-def _new_transformer(device: Any = None) -> Any:
+def new_transformer(device: Any = None) -> Any:
     """With uninitialised weights."""
     return DemoTransformerConfig(dict(TRANSFORMER_CONFIG)).get_model({}, "", device=device)
 
@@ -65,7 +65,7 @@ class TransformerDenoiser(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = _new_transformer().diffusion_model
+        self.network = new_transformer().diffusion_model
         for name, module in self.network.named_modules():  # ComfyUI's layers come uninitialised
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

@@ -57,11 +57,6 @@ def optimize_noise(
     inverted = inversion_of(latent)
     targets = tuple(each for each in chain(target) if each.weight > 0)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
-    if samples.ndim != 4:
-        raise OptimizationError(
-            "the latent has an axis of frames, as those of Qwen-Image, Wan and Cosmos, and noise of such a one is not "
-            "optimized yet: use a model whose latents are pictures"
-        )
     check_inputs(model, vae, loss, targets, samples)
     check_latent("noise_mask" in latent, inverted is not None, denoise, coupled)
     noise = torch.zeros_like(samples, device="cpu")
