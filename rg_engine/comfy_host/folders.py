@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -12,7 +13,7 @@ import folder_paths
 from safetensors import SafetensorError
 
 from ..demo import DEMO_HEADS
-from ..errors import HeadFileError, OptimizationError
+from ..errors import HeadFileError, OptimizationError, ReadoutGuidanceError
 from ..heads import ReadoutHead, load_head, save_head
 from ..optimization.files import EXTENSIONS as LOSS_EXTENSIONS
 from ..types import HeadKind
@@ -28,17 +29,21 @@ OFT_EXTENSIONS = {".safetensors", ".bin", ".ckpt", ".pt", ".pth"}
 def register_folders() -> None:
     """Tell ComfyUI where heads and adapters live. Safe to call more than once."""
     folder_paths.add_model_folder_path(FOLDER, str(DEMO_HEADS))
-    for folder, extensions in ((FOLDER, EXTENSIONS), (OFT_FOLDERS[0], OFT_EXTENSIONS)):
-        home = os.path.join(folder_paths.models_dir, folder)
+    register_folder(FOLDER, EXTENSIONS)
+    register_folder(OFT_FOLDERS[0], OFT_EXTENSIONS)
+    for folder in get_args(LossFolder):
+        register_folder(folder, LOSS_EXTENSIONS, made=False)
+
+
+def register_folder(folder: str, extensions: set[str], made: bool = True) -> None:
+    """Tell ComfyUI of ``models/<folder>`` and what its files end in; it is made, unless not ``made``."""
+    home = os.path.join(folder_paths.models_dir, folder)
+    if made:
         with contextlib.suppress(OSError):  # a read-only installation does without
             os.makedirs(home, exist_ok=True)
-        folder_paths.add_model_folder_path(folder, home, is_default=True)
-        paths, _ = folder_paths.folder_names_and_paths[folder]
-        folder_paths.folder_names_and_paths[folder] = (paths, extensions)
-    for folder in get_args(LossFolder):
-        folder_paths.add_model_folder_path(folder, os.path.join(folder_paths.models_dir, folder), is_default=True)
-        paths, _ = folder_paths.folder_names_and_paths[folder]
-        folder_paths.folder_names_and_paths[folder] = (paths, LOSS_EXTENSIONS)
+    folder_paths.add_model_folder_path(folder, home, is_default=True)
+    paths, _ = folder_paths.folder_names_and_paths[folder]
+    folder_paths.folder_names_and_paths[folder] = (paths, extensions)
 
 
 def loss_files(folder: LossFolder) -> list[str]:
@@ -56,7 +61,7 @@ def find_loss_file(folder: LossFolder, name: str) -> str:
 
 def loss_file_version(folder: LossFolder, name: str) -> str:
     """Changes when the file does."""
-    return _version(find_loss_file(folder, name))
+    return file_version(find_loss_file(folder, name))
 
 
 def head_names() -> list[str]:
@@ -65,15 +70,22 @@ def head_names() -> list[str]:
 
 def find_head(name: str) -> str:
     """The path of a head by its name in the list. Raises HeadFileError for anything else, paths included."""
-    if name not in head_names():
-        listed = ", ".join(head_names()[:8]) or "it is empty"
-        raise HeadFileError(
-            f"there is no head named {name!r} in models/{FOLDER} ({listed}): put the file there, refresh, and choose it by "
-            "its name, not by a path"
+    return find_file(FOLDER, name, "head", HeadFileError)
+
+
+def find_file(folder: str, name: str, what: str, error: type[ReadoutGuidanceError]) -> str:
+    """The path of a file in a model folder by its name in the list. Raises ``error`` for anything else, paths included;
+    what: the file is, in words."""
+    names = folder_paths.get_filename_list(folder)
+    if name not in names:
+        listed = ", ".join(names[:8]) or "it is empty"
+        raise error(
+            f"there is no {what} named {name!r} in models/{folder} ({listed}): put the file there, refresh, and choose it "
+            "by its name, not by a path"
         )
-    path = folder_paths.get_full_path_or_raise(FOLDER, name)
-    if not is_inside(path, FOLDER):
-        raise HeadFileError(f"head {name!r} lies outside models/{FOLDER}: copy it there")
+    path = folder_paths.get_full_path_or_raise(folder, name)
+    if not is_inside(path, folder):
+        raise error(f"{what} {name!r} lies outside models/{folder}: copy it there")
     return path
 
 
@@ -87,10 +99,11 @@ def is_inside(path: str, folder: str) -> bool:
 
 def head_version(name: str) -> str:
     """Changes when the file does."""
-    return _version(find_head(name))
+    return file_version(find_head(name))
 
 
-def _version(path: str) -> str:
+def file_version(path: str) -> str:
+    """Changes when the file does."""
     return f"{path} {os.path.getmtime(path)} {os.path.getsize(path)}"
 
 
@@ -104,19 +117,27 @@ def save_named_head(head: ReadoutHead, name: str, overwrite: bool = False) -> st
     Raises HeadFileError for a name that is no plain file name, and if the disk does not take it.
     """
     stem = plain_name(name.removesuffix(".safetensors"))
-    folder, number = Path(folder_paths.get_folder_paths(FOLDER)[0]), 2
-    path = folder / f"{stem}.safetensors"
+    return save_file(FOLDER, stem, overwrite, lambda path: save_head(head, path), "head", HeadFileError)
+
+
+def save_file(
+    folder: str, stem: str, overwrite: bool, save: Callable[[Path], None], what: str, error: type[ReadoutGuidanceError]
+) -> str:
+    """Save a ``.safetensors`` into a model folder, whole or not at all; returns its name in the list, numbered if that one
+    is taken. Raises ``error`` if the disk does not take it."""
+    home, number = Path(folder_paths.get_folder_paths(folder)[0]), 2
+    path = home / f"{stem}.safetensors"
     while path.exists() and not overwrite:
-        path, number = folder / f"{stem}_{number}.safetensors", number + 1
+        path, number = home / f"{stem}_{number}.safetensors", number + 1
     partial = path.with_suffix(".partial")
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        save_head(head, partial)
+        home.mkdir(parents=True, exist_ok=True)
+        save(partial)
         os.replace(partial, path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError) as failed:
         with contextlib.suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise HeadFileError(f"head {path.name!r} can't be written ({error}): free some space in models/{FOLDER}") from error
+        raise error(f"{what} {path.name!r} can't be written ({failed}): free some space in models/{folder}") from failed
     return path.name
 
 

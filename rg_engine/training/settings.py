@@ -44,8 +44,7 @@ class TrainingSettings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("accumulate", 1), ("noise_draws", 0), ("validate_every", 0),
                             ("patience", 0), ("seed", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+            check_least(self, name, least)
         for name, low, high in (
             ("learning_rate", 0.0, 1.0),
             ("ema", 0.0, 1.0),
@@ -60,5 +59,16 @@ class TrainingSettings:
         for name, allowed in (("precision", get_args(Precision)), ("timestep_convention", get_args(TimestepConvention))):
             if getattr(self, name) not in allowed:
                 raise TrainingError(f"{name} {getattr(self, name)!r} is unknown: expected one of {', '.join(allowed)}")
-        if self.batch % self.accumulate:
-            raise TrainingError(f"a batch of {self.batch} can't be divided into {self.accumulate} microbatches")
+        check_microbatches(self.batch, self.accumulate)
+
+
+def check_least(settings: object, name: str, least: int) -> None:
+    """Raises TrainingError for a setting below its least value."""
+    if getattr(settings, name) < least:
+        raise TrainingError(f"{name} is {getattr(settings, name)}: it must be {least} or more")
+
+
+def check_microbatches(batch: int, accumulate: int) -> None:
+    """Raises TrainingError unless a batch divides into so many parts."""
+    if batch % accumulate:
+        raise TrainingError(f"a batch of {batch} can't be divided into {accumulate} microbatches")

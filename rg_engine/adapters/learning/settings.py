@@ -7,7 +7,7 @@ import math
 
 from ...errors import TrainingError
 from ...training.loop import LoopSettings, Schedule
-from ...training.settings import Precision
+from ...training.settings import Precision, check_least, check_microbatches
 
 #: Which layers learn, by what their names hold: the authors' subjects, their control, and every layer of the transformers.
 LAYERS: dict[str, str] = {
@@ -50,8 +50,7 @@ class OftSettings:
     def __post_init__(self) -> None:
         for name, least in (("steps", 1), ("batch", 1), ("blocks", 1), ("block_size", 0), ("accumulate", 1), ("warm_up", 1),
                             ("validate_every", 0), ("patience", 0), ("seed", 0)):  # fmt: skip
-            if getattr(self, name) < least:
-                raise TrainingError(f"{name} is {getattr(self, name)}: it must be {least} or more")
+            check_least(self, name, least)
         for name, high in (("learning_rate", 10.0), ("coft_eps", math.inf), ("prior_weight", math.inf),
                            ("weight_decay", 1.0), ("ema", 1.0), ("validation_share", 0.5)):  # fmt: skip
             value = getattr(self, name)
@@ -63,8 +62,7 @@ class OftSettings:
             raise TrainingError(
                 "block_size is 1, and a block of one number turns nothing: give 2 or more, or 0 for by number"
             )
-        if self.batch % self.accumulate:
-            raise TrainingError(f"a batch of {self.batch} can't be divided into {self.accumulate} microbatches")
+        check_microbatches(self.batch, self.accumulate)
 
     @property
     def loop(self) -> LoopSettings:

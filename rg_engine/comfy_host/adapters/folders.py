@@ -7,7 +7,7 @@ import os
 import folder_paths
 
 from ...errors import AdapterError
-from ..folders import OFT_FOLDERS, is_inside
+from ..folders import OFT_FOLDERS, file_version, is_inside
 
 NONE = "none"
 
@@ -36,4 +36,4 @@ def adapter_version(name: str) -> str:
     """Changes when the file does, or PEFT's settings beside it."""
     path = find_adapter(name)
     beside = os.path.join(os.path.dirname(path), "adapter_config.json")
-    return " ".join(f"{p} {os.path.getmtime(p)} {os.path.getsize(p)}" for p in (path, beside) if os.path.isfile(p))
+    return " ".join(file_version(each) for each in (path, beside) if os.path.isfile(each))

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ...boundaries import MOVES, Boundary, coordinate
 from ...boundaries.boundary import LAST_TIMESTEP
-from ...errors import BackboneError, BoundaryError
+from ...errors import BoundaryError
 from ...guidance.targets import fit
 from ..loaded.kept import Fingerprint, Kept
-from ..loaded.model import backbone_of
+from ..loaded.model import known_backbone
 from ..loaded.random_state import random_state_kept
 from .crossing import Crossing, directions_of, go_down_across, path_of
 from .hidden import Hidden
@@ -151,10 +151,9 @@ def edit_pictures(
 
 def network_of(model: Any) -> str:
     """What a boundary belongs to: the kind of network, in words."""
-    try:
-        return backbone_of(model).describe()
-    except BackboneError:
-        return type(model.get_model_object("diffusion_model")).__name__
+    network = model.get_model_object("diffusion_model")
+    backbone = known_backbone(network)
+    return type(network).__name__ if backbone is None else backbone.describe()
 
 
 def prompt_digest(positive: Any) -> str:
