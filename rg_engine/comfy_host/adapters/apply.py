@@ -105,5 +105,5 @@ def _shape(weight: Any) -> Any:
 
 
 def _is_packed(weight: Any) -> bool:
-    """Whether its numbers are no weights until the layer unpacks them, where neither ComfyUI nor GGUF does so for patches."""
+    """Whether its numbers are no weights until its layer unpacks them, and neither ComfyUI nor GGUF does so for patches."""
     return not weight.dtype.is_floating_point and not hasattr(weight, "tensor_shape")
