@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import dataclasses
 import re
+import runpy
 import shlex
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -129,10 +129,8 @@ def parsed(words: list[str], command: str):
 
 
 def gallery_command_line():
-    sys.path.insert(0, str(REPOSITORY / "tests" / "web"))
-    import gallery
-
-    return gallery.command_line()
+    gallery = runpy.run_path(str(REPOSITORY / "tests" / "gallery" / "__main__.py"))
+    return gallery["command_line"]()
 
 
 def test_the_readme_has_the_two_commands():
