@@ -67,7 +67,7 @@ def code(path: Path) -> list[str]:
 def commands(path: Path) -> list[str]:
     """Commands of this project's: whole ones, and what follows ``python -m rg_engine`` by itself."""
     lines = [line for _, block in fences(path.read_text(encoding="utf-8")) for line in block.splitlines()]
-    whole = [text for text in [*lines, *code(path)] if re.match(r"(python|torchrun|pipx|nox)\b.*(rg_engine|nox)", text)]
+    whole = [text for text in [*lines, *code(path)] if re.match(r"(python|torchrun) .*-m rg_engine|(pipx run )?nox -", text)]
     return whole + [f"python -m rg_engine {text}" for text in code(path) if " " in text and text.split()[0] in SUBCOMMANDS]
 
 
