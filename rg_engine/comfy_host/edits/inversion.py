@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import TargetError
 from ..loaded.frozen_model import empty_prompt
 
-#: Fixed-point steps for each step of the schedule; 0 is plain DDIM inversion (see the README for what each gives).
+#: Fixed-point steps for each step of the schedule; 0 is plain DDIM inversion.
 REFINEMENTS = 4
 INVERTED = "readout_guidance_inverted"  # in a LATENT: what it was inverted with
 

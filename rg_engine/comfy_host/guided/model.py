@@ -32,7 +32,7 @@ from ..loaded.random_state import random_state_kept
 from .attention import check_attention
 from .frame import Frame, FramedModel, framed
 from .progress import RunProgress
-from .report import Repetitions, report_empty_plan, report_run
+from .report import Repetitions, report_empty_plan, report_run, report_start
 from .run import ModelCall, Options, Run
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePasses, fingerprint
@@ -174,6 +174,7 @@ class ModelGuidance:
                 size = (noise.shape[-2], noise.shape[-1])
                 objective = Objective(run.targets, size, noise.shape[0], noise.device, taps=self.backbone.taps)
             run.begin(guider, objective, noise, denoise_mask, extra_args.get("seed"))
+            report_start(run, noise.device)
             kept, mark = None, None
             if objective.needs_source:
                 sampling = (noise, latent_image, denoise_mask, run.sigmas, extra_args)

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import comfyui_version
 import torch
 from torch import Tensor
 
+from ... import __version__
 from ...guidance import GuidanceSettings, Target
 from ...guidance.schedule import percent_of
 from .run import Run
@@ -18,6 +20,16 @@ log = logging.getLogger("readout_guidance")
 #: A loss that has risen by more than this part of it is worth a word.
 RISEN = 0.05
 PERCENTS = [number / 100 for number in range(101)]
+
+
+def report_start(run: Run, device: torch.device) -> None:
+    """Of a guided run that begins: a line in the log with all that a question about it needs to say."""
+    heads = dict.fromkeys(f"{target.head.name} ({target.head.spec.kind})" for target in run.targets)
+    log.info(
+        "Readout Guidance %s (ComfyUI %s, torch %s, %s): backbone %s, heads %s, mode %s, strength %g, graph %s",
+        __version__, comfyui_version.__version__, torch.__version__, device, run.backbone.name, ", ".join(heads),
+        run.settings.mode, run.settings.strength, run.graph,
+    )  # fmt: skip
 
 
 def report_run(run: Run) -> None:
