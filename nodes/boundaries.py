@@ -42,9 +42,8 @@ class FitBoundary(io.ComfyNode):
                 io.Combo.Input(
                     "space", options=list(SPACES), default=DEFAULTS.space,
                     tooltip="z: the whole latent, for walls, light and what stands in one place in all pictures. region: "
-                        "its "
-                    "colours inside a mask, for what stands anywhere. h: the network's innermost features; both: z and h, "
-                    "as the paper. On many models h moves nothing: the report says so.",
+                        "its colours inside a mask, for what stands anywhere. h: the network's innermost features; both: "
+                        "z and h, as the paper. On many models h moves nothing: the report says so.",
                 ),
                 io.Int.Input(
                     "mixing_step", default=0, min=0, max=998,
@@ -127,10 +126,9 @@ class BoundaryEdit(io.ComfyNode):
                 ),
                 io.Combo.Input(
                     "move", options=list(MOVES), default="by",
-                    tooltip="by: strength times the two kinds' distance, from where the picture is. to: to the same "
-                        "place for "
-                    "every picture, 1 and -1 are the two kinds' means. distance: as the paper's code, in the latent's "
-                    "own units.",
+                    tooltip="by: strength times the two kinds' distance, from where the picture is. to: to the same place "
+                        "for every picture, 1 and -1 are the two kinds' means. distance: as the paper's code, in the "
+                        "latent's own units.",
                 ),
                 io.Float.Input(
                     "cfg", default=1.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="Both ways. 1 loses least."
@@ -182,8 +180,7 @@ class BoundaryEdit(io.ComfyNode):
                 io.Combo.Input(
                     "h_calls", options=["as the paper's code", "first"], default="as the paper's code", optional=True,
                     tooltip="Of boundaries in h: the paper's code replaces h in the first call and hands on the call "
-                        "before's "
-                    "from then on; first: the first call only.",
+                        "before's from then on; first: the first call only.",
                 ),
             ],
             outputs=[

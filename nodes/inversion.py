@@ -17,8 +17,7 @@ class InvertLatent(io.ComfyNode):
             "Invert Latent",
             aliases=["readout guidance", "ddim inversion", "unsampler", "edit real photo"],
             description="Finds the noise from which the model makes a given picture, so that a real photo can be dragged. "
-            "Sample it "
-            "with Readout-Guided KSampler, euler, the same steps, scheduler, cfg and prompt, denoise 1.",
+            "Sample it with Readout-Guided KSampler, euler, the same steps, scheduler, cfg and prompt, denoise 1.",
             inputs=[
                 io.Model.Input("model"),
                 io.Latent.Input("latent", tooltip="The picture, through VAE Encode."),

@@ -34,8 +34,7 @@ class LoadOFT(io.ComfyNode):
                 io.Float.Input(
                     "strength", default=1.0, min=-10.0, max=10.0, step=0.05,
                     tooltip="1 is what the file means, 0 the model itself, -1 the way back. An angle a becomes 2 "
-                    "atan(strength "
-                    "tan(a / 2)), so the weights keep their lengths and angles at every strength.",
+                    "atan(strength tan(a / 2)), so the weights keep their lengths and angles at every strength.",
                 ),
                 io.Clip.Input("clip", optional=True, tooltip="For files that turn the text encoder too."),
                 io.Float.Input(
@@ -45,8 +44,7 @@ class LoadOFT(io.ComfyNode):
                 io.Float.Input(
                     "coft_eps", default=0.0, min=0.0, max=1000.0, step=0.00001, round=False, optional=True,
                     tooltip="For the authors' files that were trained with COFT: eps of the training, which the file does "
-                    "not "
-                    "say. 0: plain OFT.",
+                    "not say. 0: plain OFT.",
                 ),
                 io.Combo.Input(
                     "convention", options=list(CONVENTIONS), default="auto", optional=True,
@@ -56,8 +54,7 @@ class LoadOFT(io.ComfyNode):
                 io.Boolean.Input(
                     "orthogonal", default=False, optional=True,
                     tooltip="Files of PEFT and OneTrainer are polynomials that are nearly orthogonal. On: exactly "
-                    "orthogonal at "
-                    "strength 1 too. Off: as they were trained.",
+                    "orthogonal at strength 1 too. Off: as they were trained.",
                 ),
                 Oft.Input("oft", optional=True, tooltip="Instead of a file: from Train OFT or Extract OFT."),
             ],
@@ -106,17 +103,15 @@ class SaveOFT(io.ComfyNode):
             "Save OFT",
             aliases=["readout guidance", "save oft", "convert oft", "export adapter", "peft", "lycoris"],
             description="Saves an orthogonal adapter into models/oft, in this extension's format or in another tool's, "
-            "exactly or "
-            "not at all. It takes what Load OFT loaded, too, and so converts files.",
+            "exactly or not at all. It takes what Load OFT loaded, too, and so converts files.",
             inputs=[
                 Oft.Input("oft", tooltip="From Train OFT, Load OFT or Extract OFT."),
                 io.String.Input("name", default="my_oft", tooltip="File name without folder."),
                 io.Combo.Input(
                     "format", options=list(FORMATS), default="native",
                     tooltip="native holds everything. authors, PEFT, OneTrainer: what turns inputs, as Train OFT's do. "
-                    "LyCORIS: what "
-                    "turns outputs. difference: W' - W in full size, for ComfyUI's Load LoRA, which has no adapter that "
-                    "turns inputs.",
+                    "LyCORIS: what turns outputs. difference: W' - W in full size, for ComfyUI's Load LoRA, which has no "
+                    "adapter that turns inputs.",
                 ),
                 io.Combo.Input(
                     "precision", options=list(PRECISIONS), default="fp32",
@@ -143,8 +138,7 @@ class ExtractOFT(io.ComfyNode):
             "Extract OFT",
             aliases=["readout guidance", "extract oft", "procrustes", "extract lora", "model difference"],
             description="The rotations that best take one model to another (a finetuned one, or one with LoRAs), and how "
-            "much of the "
-            "change no rotation explains.",
+            "much of the change no rotation explains.",
             inputs=[
                 io.Model.Input("model", tooltip="Where the change starts."),
                 io.Model.Input("changed", tooltip="A model finetuned from it, or it with LoRAs."),

@@ -25,9 +25,8 @@ class TrainOFT(io.ComfyNode):
             "Train OFT",
             aliases=["readout guidance", "train lora", "dreambooth", "finetune", "orthogonal finetuning", "coft"],
             description="Teaches the model that is loaded a subject from a few pictures, by turning its layers without "
-            "changing the "
-            "angles between their neurons (OFT). The model stays as it is; the adapter is small. An interrupt saves the "
-            "best so far.",
+            "changing the angles between their neurons (OFT). The model stays as it is; the adapter is small. An "
+            "interrupt saves the best so far.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to teach. It stays as it is; LoRAs on it stay in force."),
                 io.Conditioning.Input("positive", tooltip="The prompt of the pictures, with a word for the subject."),
@@ -91,8 +90,7 @@ class TrainOFT(io.ComfyNode):
                 io.String.Input(
                     "checkpoint", default="",
                     tooltip="A name: the training is saved every minute (output/oft) and goes on from there when it is "
-                    "queued "
-                    "again. Empty: not.",
+                    "queued again. Empty: not.",
                 ),
                 io.Conditioning.Input("class_positive", optional=True, tooltip="The prompt of the class pictures."),
                 io.Latent.Input(

@@ -35,7 +35,7 @@ class Tokens:
     def read(self, output: Any, latent: tuple[int, ...], lengths: Mapping[str, int]) -> Tensor:
         """The map (B, C, h, w) of a picture, from the shape of the network's input, (B, C, H, W) or (B, C, 1, H, W).
 
-        Where the patches don't divide H and W, it is enlarged to (B, C, H, W).
+        Where the patches don't divide H and W, its cells are repeated, (B, C, H, W).
 
         Tokens are normalised (a layer norm without weights, fp32): in a few fixed channels their values are a hundred times
         as large as elsewhere (arXiv 2505.18584), and pass fp16's range. What is given is a tensor of its own: blocks
@@ -67,5 +67,5 @@ class Tokens:
         if latent[-2] % self.patch == 0 and latent[-1] % self.patch == 0:
             return map_
         # The last tokens reach beyond the latent's edge.
-        cells = F.interpolate(map_, (height * self.patch, width * self.patch), mode="bilinear")
+        cells = map_.repeat_interleave(self.patch, -2).repeat_interleave(self.patch, -1)
         return cells[..., : latent[-2], : latent[-1]]

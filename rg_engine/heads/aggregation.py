@@ -21,10 +21,13 @@ OUTPUT_WIDTHS = (128, 32)  # of the layers between the mixed map and the readout
 
 
 class NormedConv(nn.Conv2d):
-    """A convolution without bias whose GroupNorm lives inside it, as ``.norm`` (the authors' key layout)."""
+    """A convolution without bias whose GroupNorm lives inside it, as ``.norm`` (the authors' key layout).
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+    patch: it gives ``out_channels`` for each of the patch x patch cells of a token.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, patch: int = 1) -> None:
+        super().__init__(in_channels, out_channels * patch**2, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = nn.GroupNorm(NORM_GROUPS, out_channels)
         nn.init.kaiming_normal_(self.weight, mode="fan_out", nonlinearity="relu")
 
@@ -33,12 +36,19 @@ class NormedConv(nn.Conv2d):
 
 
 class Bottleneck(nn.Module):
-    """One layer's residual bottleneck, conditioned on the timestep embedding after its first convolution."""
+    """One layer's residual bottleneck, conditioned on the timestep embedding after its first convolution.
 
-    def __init__(self, in_channels: int, out_channels: int, hidden: int, emb_width: int) -> None:
+    patch: latent cells a side of each cell of its features, 2 for most transformers' tokens. What lies where in a token is
+    in the token's channels, so it is unfolded as the transformer's own last layer does, by a sub-pixel convolution (arXiv
+    1609.05158), where features of a UNet are resized.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, hidden: int, emb_width: int, patch: int = 1) -> None:
         super().__init__()
-        self.shortcut = NormedConv(in_channels, out_channels, 1) if in_channels != out_channels else None
-        self.conv1 = NormedConv(in_channels, hidden, 1)
+        self.patch = patch
+        same = in_channels == out_channels and patch == 1
+        self.shortcut = None if same else NormedConv(in_channels, out_channels, 1, patch)
+        self.conv1 = NormedConv(in_channels, hidden, 1, patch)
         self.conv2 = NormedConv(hidden, hidden, 3)
         self.conv3 = NormedConv(hidden, out_channels, 1)
         self.emb_layers = nn.Linear(emb_width, hidden) if emb_width else None
@@ -50,8 +60,9 @@ class Bottleneck(nn.Module):
         weights sum to 1, so both convolutions that see the features run as one, at the features' own, smaller size.
         """
         parts = [self.conv1] if self.shortcut is None else [self.conv1, self.shortcut]
-        maps = resize(F.conv2d(features, torch.cat([part.weight for part in parts])), size)
-        hidden, *shortcut = maps.split([part.out_channels for part in parts], 1)
+        weights = torch.cat([part.weight for part in parts])
+        maps = F.conv2d(features, weights) if self.patch == 1 else unfold(features, weights, self.patch, size)
+        hidden, *shortcut = resize(maps, size).split([part.norm.num_channels for part in parts], 1)
         out = F.relu_(self.conv1.norm(hidden))  # (B, hidden, H, W)
         if emb is not None and self.emb_layers is not None:
             out = out + F.relu_(self.emb_layers(emb))[:, :, None, None]
@@ -70,6 +81,7 @@ class AggregationNetwork(nn.Module):
         output_channels: channels of the output head; 0 for none (the mixed map is the readout).
         activation: after the output head.
         hidden: bottleneck width; a quarter of the projection unless told.
+        patches: latent cells a side of each map's cells (see :class:`Bottleneck`); 1 unless told.
     """
 
     def __init__(
@@ -81,6 +93,7 @@ class AggregationNetwork(nn.Module):
         output_channels: int = 0,
         activation: Activation = "tanh",
         hidden: int | None = None,
+        patches: Sequence[int] = (),
     ) -> None:
         super().__init__()
         hidden = hidden or projection_channels // 4
@@ -89,8 +102,10 @@ class AggregationNetwork(nn.Module):
         self.hidden_channels = hidden
         self.emb_width = emb_width
         self.output_channels = output_channels
+        self.patches = tuple(patches) or (1,) * len(self.feature_channels)
         self.bottleneck_layers = nn.ModuleList(
-            Bottleneck(channels, projection_channels, hidden, emb_width) for channels in feature_channels
+            Bottleneck(channels, projection_channels, hidden, emb_width, patch)
+            for channels, patch in zip(self.feature_channels, self.patches, strict=True)
         )
         self.mixing_weights = nn.Parameter(torch.ones(len(self.feature_channels)))
         self.output_head = _output_head(projection_channels, output_channels) if output_channels else None
@@ -133,6 +148,16 @@ def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
 
 def _run(layer: nn.Module, light: bool, *inputs: Any) -> Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if light else layer(*inputs)
+
+
+def unfold(features: Tensor, weights: Tensor, patch: int, size: tuple[int, int]) -> Tensor:
+    """Tokens (B, C, h, w) to cells (B, D, patch h, patch w) by weights (D patch^2, C, 1, 1), cut where the last ones reach
+    beyond ``size``. Features that come at that size are tokens that the tap has repeated."""
+    if features.shape[-2:] == size:
+        features = features[..., ::patch, ::patch]
+    cells = F.pixel_shuffle(F.conv2d(features, weights), patch)
+    beyond = (have - want for have, want in zip(cells.shape[-2:], size, strict=True))
+    return cells[..., : size[0], : size[1]] if all(0 <= each < patch for each in beyond) else cells
 
 
 def resize(x: Tensor, size: tuple[int, int]) -> Tensor:

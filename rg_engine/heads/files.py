@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -129,14 +130,16 @@ def _aggregation(state: Mapping[str, Tensor], activation: Activation, name: str)
             "can't steer one step"
         )
     layers = [f"bottleneck_layers.{i}" for i in range(count)]
+    hidden = _shape(state, f"{layers[0]}.conv2.weight", 4, name, NORM_GROUPS)[0]
     has_emb, has_output = (any(part in key for key in state) for part in (".emb_layers.", "output_head."))
     return AggregationNetwork(
         tuple(_shape(state, f"{layer}.conv1.weight", 4, name)[1] for layer in layers),
         projection_channels=_shape(state, f"{layers[0]}.conv3.weight", 4, name, NORM_GROUPS)[0],
-        hidden=_shape(state, f"{layers[0]}.conv1.weight", 4, name, NORM_GROUPS)[0],
+        hidden=hidden,
         emb_width=_shape(state, f"{layers[0]}.emb_layers.weight", 2, name)[1] if has_emb else 0,
         output_channels=_shape(state, "output_head.4.weight", 4, name)[0] if has_output else 0,
         activation=activation,
+        patches=[math.isqrt(_shape(state, f"{layer}.conv1.weight", 4, name, hidden)[0] // hidden) for layer in layers],
     )
 
 

@@ -52,6 +52,8 @@ RECIPES = (
     Recipe(name="demo_appearance", kind="appearance", layer="figure", sequence="triplets", steps=2400, batch=6, shift=0.125),
 )
 WIDTH = 64
+#: Which block the heads of a network read; of the UNet, its own taps.
+BLOCKS: dict[Network, str] = {"UNet": "", "transformer": "layers.3"}
 TRAINING_SEED = 31  # of the scenes; evaluations take others
 
 
@@ -76,7 +78,9 @@ def train_demo_heads(work: Path, examples: int = 4000, names: list[str] | None =
         )
         data, scenes = demo_examples(recipe, examples, vae, TRAINING_SEED)
         path = head_path(recipe.name, network)
-        head = train_demo_head(model, clip, recipe, data, scenes, settings, checkpoint=work / f"{path.stem}.checkpoint")
+        head = train_demo_head(
+            model, clip, recipe, data, scenes, settings, checkpoint=work / f"{path.stem}.checkpoint", block=BLOCKS[network]
+        )
         save_head(head, path, dtype=torch.float16)
 
 

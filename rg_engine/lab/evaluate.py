@@ -28,7 +28,7 @@ from ..heads import ReadoutHead
 from ..training import Reading, TrainingSettings
 from ..types import Mode
 from .cost.adapters import oft_cost_table
-from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
+from .demo_heads import BLOCKS, Recipe, demo_examples, demo_recipe, recipes_of, train_demo_head
 from .demo_world import World, encoded, load_world
 from .evidence.blocks import blocks_table, plot_blocks
 from .evidence.boundaries import boundaries_table
@@ -39,7 +39,7 @@ from .steering import SCENE_SEED, Way, scene_scores, steer
 
 READ_SCENES = 96
 TIMES = (0.05, 0.2, 0.4, 0.6, 0.8, 0.95)
-PAIRS = (10, 30, 100, 300, 1000)
+PAIRS: dict[Network, tuple[int, ...]] = {"UNet": (10, 30, 100, 300, 1000), "transformer": (100, 1600)}
 STEPS_OF_A_TRIAL = 1500
 BATCH = 16
 
@@ -97,7 +97,7 @@ def pairs_table(world: World) -> list[dict[str, Any]]:
     """A pose head by the number of pairs that it was trained on, all else equal."""
     recipe = demo_recipe("demo_pose")
     rows = []
-    for count in PAIRS:
+    for count in PAIRS[world.network]:
         head = _trial(world, recipe, count)
         rows.append({"pairs": count, **_all_scores(world, recipe, head)})
     return rows
@@ -220,7 +220,7 @@ def _trial(world: World, recipe: Recipe, count: int, **more: Any) -> ReadoutHead
     """A head trained on ``count`` pairs, as the example workflow trains one; the same one for every table."""
     settings = TrainingSettings(steps=STEPS_OF_A_TRIAL, **more)
     data, scenes = demo_examples(recipe, count, world.vae, 77, figure_only=True)
-    return train_demo_head(world.model, world.clip, recipe, data, scenes, settings)
+    return train_demo_head(world.model, world.clip, recipe, data, scenes, settings, block=BLOCKS[world.network])
 
 
 def _matching(maps: Tensor, tracks: Tensor) -> dict[str, float]:

@@ -56,6 +56,7 @@ def new_head(
                 emb_width=0 if kind == "correspondence" else backbone.emb_width,
                 output_channels=output_channels,
                 activation=activation or ("none" if kind == "keypoint" else "tanh"),
+                patches=[1 if layout is None else layout.patch for layout in backbone.layouts],
             )
     spec = HeadSpec(
         kind=kind,

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from rg_engine.convert import convert_head
 from rg_engine.errors import HeadFileError, TargetError
-from rg_engine.heads import HeadSpec, PixelNetwork, ReadoutHead, load_head, save_head, to_authors_layout
+from rg_engine.heads import AggregationNetwork, HeadSpec, PixelNetwork, ReadoutHead, load_head, save_head, to_authors_layout
 from rg_engine.heads.files import METADATA_KEY
 from rg_engine.heads.pixel import FREQUENCIES, encode_noise_level
 
@@ -57,6 +57,52 @@ def test_resizing_after_the_first_convolution_equals_resizing_the_features_first
     network, (features, emb) = make_head("appearance").network.double(), make_features(2)
     resized = [F.interpolate(f.double(), SIZE, mode="bilinear") for f in features]
     torch.testing.assert_close(network(features, emb, SIZE), network(resized, emb, SIZE))
+
+
+def token_head(in_channels=24, patch=2, **spec):
+    """A small head that reads one map of tokens."""
+    network = AggregationNetwork(
+        (in_channels,), projection_channels=32, hidden=32, emb_width=0, output_channels=2, patches=[patch]
+    )
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return ReadoutHead(
+        network=network, spec=HeadSpec(kind="spatial", feature_channels=(in_channels,), **spec), name="tokens"
+    )
+
+
+@pytest.mark.parametrize("in_channels", [24, 32], ids=["other width", "as wide as the mixed map"])
+def test_each_cell_of_a_token_has_weights_of_its_own(in_channels):
+    layer, tokens = token_head(in_channels).network.bottleneck_layers[0], torch.randn(1, in_channels, 3, 4)
+    conv1, shortcut = layer.conv1, layer.shortcut
+    by_cell = conv1.weight[:, :, 0, 0].unflatten(0, (-1, 2, 2)), shortcut.weight[:, :, 0, 0].unflatten(0, (-1, 2, 2))
+    cells = [torch.empty(1, 32, 6, 8) for _ in by_cell]
+    for row in range(6):
+        for column in range(8):
+            for map_, weight in zip(cells, by_cell, strict=True):
+                map_[0, :, row, column] = weight[:, row % 2, column % 2] @ tokens[0, :, row // 2, column // 2]
+    middle = layer.conv2(F.relu(conv1.norm(cells[0])))
+    wanted = F.relu(layer.conv3(F.relu(middle)) + shortcut.norm(cells[1]))
+    torch.testing.assert_close(layer(tokens, None, (6, 8)), wanted)
+
+
+def test_tokens_that_reach_beyond_the_latent_are_cut():
+    """At odd sizes the tap repeats tokens into cells; they are read as the tokens that they were."""
+    layer, tokens = token_head().network.bottleneck_layers[0], torch.randn(1, 24, 3, 4)
+    repeated = tokens.repeat_interleave(2, -2).repeat_interleave(2, -1)[..., :5, :7]
+    assert layer(tokens, None, (5, 7)).shape == (1, 32, 5, 7)
+    torch.testing.assert_close(layer(repeated, None, (5, 7)), layer(tokens, None, (5, 7)))
+
+
+def test_a_head_of_tokens_keeps_its_patches_in_its_file(tmp_path):
+    head = token_head()
+    save_head(head, tmp_path / "head.safetensors")
+    again = load_head(tmp_path / "head.safetensors")
+    assert again.network.patches == (2,)
+    tokens = [torch.randn(1, 24, 3, 4)]
+    assert torch.equal(again.read(tokens, None, (6, 8)), head.read(tokens, None, (6, 8)))
+    with pytest.raises(HeadFileError, match="the head of a transformer, which the authors' layout has no place for"):
+        to_authors_layout(head)
 
 
 def test_a_light_readout_and_its_gradient_are_the_same(make_head, make_features):

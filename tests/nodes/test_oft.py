@@ -463,3 +463,19 @@ def test_a_convolution_of_the_authors_needs_eps(folder):
 
 def test_the_kit_of_this_repository_is_complete():
     assert {path.name for path in (PARITY / "oft").iterdir() if path.is_dir()} >= set(SIDES)
+
+
+def test_weights_packed_in_an_unknown_way_are_named(folder):
+    """As 4-bit layers of packs keep them: bytes, which no shape tells."""
+    patcher = model()
+    name = put(folder, "peft_cayley")
+    key = next(iter(load(patcher, name)[0].patches))
+    layer, parameter = key.removeprefix("diffusion_model.").rpartition(".")[::2]
+    module = patcher.model.diffusion_model.get_submodule(layer)
+    whole = module.weight
+    packed = torch.zeros(whole.numel() // 2, 1, dtype=torch.uint8)
+    setattr(module, parameter, torch.nn.Parameter(packed, requires_grad=False))
+    with refused(rf"{layer}.*quantised in a way that is not known"):
+        load(patcher, name)
+    assert not patcher.patches
+    setattr(module, parameter, whole)

@@ -19,8 +19,7 @@ from .settings import OftSettings
 from .turns import Turns
 
 #: The frozen model's squared error, (n,), in the units of what its network predicts, with the turns in force: of pictures,
-#: or
-#: of pictures of the class.
+#: or of pictures of the class.
 Loss = Callable[[Turns, Noisy, bool], Tensor]
 
 

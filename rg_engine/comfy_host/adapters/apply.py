@@ -33,11 +33,11 @@ class Fit:
 
 def fit(adapter: Adapter, model: Any, clip: Any = None) -> Fit:
     """Find each layer's weight. Raises AdapterError if none is found, or one does not fit its weight; nothing is changed."""
-    names, shapes = WeightNames(model, clip), {}
+    names, shapes, packed = WeightNames(model, clip), {}, set()
     for owner in (model.model, None if clip is None else clip.cond_stage_model):
-        shapes[owner is not model.model] = (
-            {} if owner is None else {k: tuple(_shape(v)) for k, v in owner.state_dict().items()}
-        )
+        weights = {} if owner is None else {**owner.state_dict(), **dict(owner.named_parameters())}
+        shapes[owner is not model.model] = {key: tuple(_shape(weight)) for key, weight in weights.items()}
+        packed |= {key for key, weight in weights.items() if _is_packed(weight)}
     layers, unused = [], []
     for layer in adapter.layers:
         place, of_clip = names.model_place(layer), False
@@ -46,6 +46,11 @@ def fit(adapter: Adapter, model: Any, clip: Any = None) -> Fit:
         if place is None or place[0] not in shapes[of_clip]:
             unused.append(layer.key)
             continue
+        if place[0] in packed:
+            raise AdapterError(
+                f"{place[0]} is quantised in a way that is not known here, so it can't be turned: load the model in fp8, "
+                "fp16 or GGUF"
+            )
         shape, rows = shapes[of_clip][place[0]], layer.rotation.rows
         if rows is not None:
             place = (place[0], (0, rows[0] + (place[1][1] if place[1] is not None else 0), rows[1]))
@@ -97,3 +102,8 @@ def apply(found: Fit, model: Any, clip: Any, strength: float, clip_strength: flo
 
 def _shape(weight: Any) -> Any:
     return getattr(weight, "tensor_shape", weight.shape)  # a packed weight's (GGUF)
+
+
+def _is_packed(weight: Any) -> bool:
+    """Whether its numbers are no weights until its layer unpacks them, and neither ComfyUI nor GGUF does so for patches."""
+    return not weight.dtype.is_floating_point and not hasattr(weight, "tensor_shape")

@@ -88,9 +88,8 @@ def report_of(fitted: Fitted) -> str:
         words.append("No pictures were kept back, so flips were not measured: look at the strip.")
     elif best.flip < 0.5:
         words.append(
-            "Few pictures flip at strength 1. Look at the strip; fit in a region (with a mask) what does not stand in "
-            "one place, "
-            "in z what moves nothing in h, or move further."
+            "Few pictures flip at strength 1. Look at the strip; fit in a region (with a mask) what does not stand in one "
+            "place, in z what moves nothing in h, or move further."
         )
     return "\n".join(words)
 
