@@ -60,7 +60,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session
 def gallery(session: nox.Session) -> None:
-    """Make the pictures of README, gallery and templates anew. Needs chromium; half an hour, or seconds with --only NAME."""
+    """Make the pictures of README, gallery and templates anew. Needs chromium; --only NAME makes one."""
     install(session, "demo,test")
     session.run("python", "tests/gallery", *session.posargs, env={"OMP_NUM_THREADS": "2"})
 

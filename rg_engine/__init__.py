@@ -2,5 +2,3 @@
 
 Floors, imports run downward only: comfy_host -> guidance, training, demo -> features, heads, losses -> types, errors.
 """
-
-__version__ = "0.1.0"

@@ -15,7 +15,7 @@ FILES = sorted([ROOT / "__init__.py", *(ROOT / "nodes").rglob("*.py"), *(ROOT / 
 #: Imports run downward only, or stay inside a folder. A new folder gets its floor here; the wings of comfy_host have floors
 #: of their own, above what stands beside them.
 FLOORS = {
-    "errors": 0, "types": 1, "chart": 1,
+    "errors": 0, "version": 0, "types": 1, "chart": 1,
     "features": 2, "heads": 2, "losses": 2,
     "guidance": 3, "training": 3, "boundaries": 3, "demo": 3, "optimization": 3, "adapters": 3.1,
     "comfy_host": 4, "comfy_host.demo_model": 4.1,

@@ -15,16 +15,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from comfyui_host import REPOSITORY
 from emblem import banner, icon
-from scenes import NEED_FILES, TEMPLATES, drag_editor, page_of, three_nodes
+from scenes import TEMPLATES, drag_editor, needs_files, page_of, three_nodes
 from studio import started
 
+NAMES = sorted(path.stem for path in TEMPLATES.glob("*.json"))
 FROM_THE_PAGE = {
     "drag_editor": drag_editor,
     "three_nodes": three_nodes,
-    **{name: page_of(name) for name in NEED_FILES},
+    **{name: page_of(name) for name in NAMES if needs_files(name)},
 }
 DRAWN = {"icon": icon, "banner": banner}
-FROM_THE_DEMO = sorted({path.stem for path in TEMPLATES.glob("*.json")} - set(NEED_FILES))
+FROM_THE_DEMO = [name for name in NAMES if not needs_files(name)]
 ALWAYS = {"pose", "depth", "edges"}  # the demo command makes these whatever it is asked for
 
 

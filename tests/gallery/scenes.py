@@ -21,7 +21,14 @@ FOLDERS = {
 LEFT_OUT = ("RG_ReadOut", "PreviewImage", "Note", "MarkdownNote")
 DRAG_COLUMNS = {"RG_DragPoints": 0, "RG_ReadoutGuidedKSampler": 400, "SaveImage": 760}
 NOT_SHOWN = -4000
-NEED_FILES = ("pose_sd15", "pose_sdxl", "train_flux", "train_z_image")
+
+
+def template(name: str) -> dict[str, Any]:
+    return json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def needs_files(name: str) -> bool:
+    return any(node["type"] in ("CheckpointLoaderSimple", "UNETLoader") for node in template(name)["nodes"])
 
 
 def drag_editor(server: Server, browser: Any, out: Path) -> None:
@@ -35,6 +42,7 @@ def drag_editor(server: Server, browser: Any, out: Path) -> None:
             node["size"] = [360, 430]
         if node["type"] == "RG_DragPoints":
             points = json.loads(node["widgets_values"][0])["drags"]
+    workflow["groups"] = []
     enlarge_saved(workflow, 2.5)
     studio = Studio(server, browser, (1120, 570))
     editor, page = studio.editor, studio.page
@@ -148,7 +156,3 @@ def enlarge_saved(workflow: dict[str, Any], by: float) -> None:
             "outputs": [{"name": "IMAGE", "type": "IMAGE", "links": [added]}], "widgets_values": ["bicubic", by],
         }
     )  # fmt: skip
-
-
-def template(name: str) -> dict[str, Any]:
-    return json.loads((TEMPLATES / f"{name}.json").read_text(encoding="utf-8"))

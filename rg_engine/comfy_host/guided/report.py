@@ -11,9 +11,9 @@ import comfyui_version
 import torch
 from torch import Tensor
 
-from ... import __version__
 from ...guidance import GuidanceSettings, Target
 from ...guidance.schedule import percent_of
+from ...version import VERSION
 from .run import Run
 
 log = logging.getLogger("readout_guidance")
@@ -27,7 +27,7 @@ def report_start(run: Run, device: torch.device) -> None:
     heads = dict.fromkeys(f"{target.head.name} ({target.head.spec.kind})" for target in run.targets)
     log.info(
         "Readout Guidance %s (ComfyUI %s, torch %s, %s): backbone %s, heads %s, mode %s, strength %g, graph %s",
-        __version__, comfyui_version.__version__, torch.__version__, device, run.backbone.name, ", ".join(heads),
+        VERSION, comfyui_version.__version__, torch.__version__, device, run.backbone.name, ", ".join(heads),
         run.settings.mode, run.settings.strength, run.graph,
     )  # fmt: skip
 
