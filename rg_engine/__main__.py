@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, train, train-oft, evaluate, benchmark, convert, packs, train-demo."""
+"""``python -m rg_engine``: demo, train, train-oft, evaluate, benchmark, convert, packs, languages, train-demo."""
 
 from __future__ import annotations
 
@@ -80,6 +80,8 @@ def main(arguments: list[str] | None = None) -> int:
     packs.add_argument("--pictures", type=int, default=4, help="pictures for each figure")
     packs.add_argument("--device", default="cpu", choices=["auto", "cpu"])
 
+    commands.add_parser("languages", help="make locales/<language>/ of locales/<language>.json").set_defaults(device="cpu")
+
     options = parser.parse_args(arguments)
     try:
         if options.command == "convert":
@@ -131,6 +133,11 @@ def main(arguments: list[str] | None = None) -> int:
             from .lab.packs.run import run_packs
 
             run_packs(options.packs, options.out, options.only, options.pictures)
+            return 0
+        if options.command == "languages":
+            from .lab.languages import write_languages
+
+            write_languages()
             return 0
         if options.command == "demo":
             from .lab.demo_run import run_demo
