@@ -1,4 +1,4 @@
-"""``python -m rg_engine``: demo, train, train-oft, evaluate, benchmark, convert, packs, train-demo."""
+"""``python -m rg_engine``: demo, train, train-oft, evaluate, benchmark, convert, packs, languages, train-demo."""
 
 from __future__ import annotations
 
@@ -79,6 +79,8 @@ def command_line() -> argparse.ArgumentParser:
     packs.add_argument("--out", type=Path, default=Path("docs/packs.md"))
     packs.add_argument("--pictures", type=int, default=4, help="pictures for each figure")
     packs.add_argument("--device", default="cpu", choices=["auto", "cpu"])
+
+    commands.add_parser("languages", help="make locales/<language>/ of locales/<language>.json").set_defaults(device="cpu")
     return parser
 
 
@@ -134,6 +136,11 @@ def main(arguments: list[str] | None = None) -> int:
             from .lab.packs.run import run_packs
 
             run_packs(options.packs, options.out, options.only, options.pictures)
+            return 0
+        if options.command == "languages":
+            from .lab.languages import write_languages
+
+            write_languages()
             return 0
         if options.command == "demo":
             from .lab.demo_run import run_demo
