@@ -78,8 +78,9 @@ class ControlTraining:
     """
 
     def __init__(self, pairs: Pairs, clip: Any, settings: ControlSettings, out: Path) -> None:
-        model = load_unet("cpu")
-        self._unet = model.diffusion_model.float().requires_grad_(False).to(memory_format=torch.channels_last)
+        model, self._device = load_unet("cpu"), comfy.model_management.get_torch_device()
+        unet = model.diffusion_model.float().requires_grad_(False)
+        self._unet = unet.to(self._device, memory_format=torch.channels_last)
         self._sampling, self._pairs, self._settings, self._out = model.model_sampling, pairs, settings, out
         captions = [scene.caption() for scene in pairs.scenes]
         with torch.inference_mode():
@@ -88,9 +89,9 @@ class ControlTraining:
         self._words, self._empty = torch.cat([known[text] for text in captions]), known[""]  # (N, 16, 96), (1, 16, 96)
         facts = {"pairs": len(pairs), "batch": settings.batch, "learning_rate": settings.learning_rate}
         torch.manual_seed(0)
-        self._network = new_controlnet(self._unet).to(memory_format=torch.channels_last)
+        self._network = new_controlnet(unet).to(memory_format=torch.channels_last)
         self._training = Training(
-            self._network, self._draw, self._losses, settings.loop, name=out.stem, facts=facts,
+            self._network, self._draw, self._losses, settings.loop, name=out.stem, facts=facts, device=self._device,
             checkpoint=out.with_suffix(".state"),
         )  # fmt: skip
 
@@ -131,7 +132,8 @@ class ControlTraining:
         noise = torch.randn(x0.shape, generator=generator)
         sigma = self._sampling.sigma(t.float())[:, None, None, None]
         a, s = (1 + sigma**2).rsqrt(), sigma * (1 + sigma**2).rsqrt()
-        yield a * x0 + s * noise, t, words, self._pairs.pictures(rows), a * noise - s * x0
+        drawn = a * x0 + s * noise, t, words, self._pairs.pictures(rows), a * noise - s * x0
+        yield tuple(each.to(self._device) for each in drawn)
 
     def _losses(self, z: Tensor, t: Tensor, words: Tensor, pictures: Tensor, v: Tensor) -> Tensor:
         control = self._network(x=z, hint=pictures, timesteps=t, context=words)

@@ -48,7 +48,7 @@ class ControlPlan:
     work: Path
     controls: tuple[str, ...] = CONTROLS
     pairs: tuple[int, ...] = PAIRS
-    steps: int = 1000
+    steps: int = 500
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.controls if name not in CONTROLS]
