@@ -33,13 +33,20 @@ def command_line() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
     tables = (
-        "heads timesteps pairs conventions kept_features drags identity blocks clip doodl doodl_cost boundaries oft oft_cost"
+        "heads timesteps pairs conventions kept_features drags identity blocks clip doodl doodl_cost boundaries oft oft_cost "
+        "controlnet"
     )
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
     evaluate.add_argument("--network", default="UNet", choices=["UNet", "transformer"], help="of the demo model")
     evaluate.add_argument("--device", default="auto", choices=["auto", "cpu"])
+    evaluate.add_argument(
+        "--work", type=Path, default=None, help="controlnet: for pairs and trainings; in --out if not told"
+    )
+    evaluate.add_argument("--controls", nargs="+", default=None, help="controlnet: pose, depth, edges; all of them")
+    evaluate.add_argument("--pairs", nargs="+", type=int, default=None, help="controlnet: trained on; 100, 1000, 20000")
+    evaluate.add_argument("--steps", type=int, default=None, help="controlnet: of the ControlNets' training")
 
     benchmark = commands.add_parser("benchmark", help="what guidance costs, in time and memory; writes benchmark.json")
     benchmark.add_argument("--out", type=Path, default=Path("demo_out"))
@@ -133,7 +140,9 @@ def main(arguments: list[str] | None = None) -> int:
         if options.command == "evaluate":
             from .lab.evaluate import run_evaluation
 
-            run_evaluation(options.out, options.pictures, options.tables, options.network)
+            told = {"work": options.work, "controls": options.controls, "pairs": options.pairs, "steps": options.steps}
+            control = {name: value for name, value in told.items() if value is not None}
+            run_evaluation(options.out, options.pictures, options.tables, options.network, control)
             return 0
         if options.command == "packs":
             from .lab.packs.run import run_packs

@@ -117,7 +117,7 @@ def demo_examples(
     with torch.inference_mode():
         for first in range(0, count, CHUNK):
             drawn = scene_pictures(
-                int(np.random.default_rng([seed, first]).integers(2**31)),
+                chunk_seed(seed, first),
                 min(CHUNK, count - first),
                 figure_only,
                 recipe.sequence,
@@ -134,3 +134,8 @@ def demo_examples(
     with torch.inference_mode(False):
         truth = torch.cat(truths).clone() if truths else None
         return in_a_row(recipe.kind, torch.cat(latents).clone(), truth), scenes
+
+
+def chunk_seed(seed: int, first: int) -> int:
+    """Of the scenes from number ``first`` on."""
+    return int(np.random.default_rng([seed, first]).integers(2**31))

@@ -62,11 +62,22 @@ def encoded(clip: Any, captions: list[str]) -> Any:
 def sample(
     world: World, target: Target | None, start: dict[str, Any], settings: GuidanceSettings | None = None, *, prompt: str,
     seed: int, steps: int = 30, cfg: float = 3.0, sampler_name: str = "euler_ancestral",
+    control: tuple[Any, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Finished pictures (B, 128, 128, 3) in 0..1 from the latent ``start``, as the example workflows make them."""
+    """Finished pictures (B, 128, 128, 3) in 0..1 from the latent ``start``, as the example workflows make them; ``control``,
+    a CONTROL_NET and its pictures."""
+    positive, negative = encoded(world.clip, [prompt]), encoded(world.clip, [""])
+    if control is not None:
+        positive, negative = with_control(positive, negative, *control)
     latent = guided_ksampler(
         world.model, target, settings or GuidanceSettings(), seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name,
-        scheduler="normal", denoise=1.0, positive=encoded(world.clip, [prompt]),
-        negative=encoded(world.clip, [""]), latent=start,
+        scheduler="normal", denoise=1.0, positive=positive, negative=negative, latent=start,
     )  # fmt: skip
     return world.vae.decode(latent["samples"]).clamp(0, 1).cpu()
+
+
+def with_control(positive: Any, negative: Any, control_net: Any, pictures: Tensor) -> Any:
+    """Both prompts as ComfyUI's Apply ControlNet gives them, at strength 1."""
+    from nodes import ControlNetApplyAdvanced  # ComfyUI's
+
+    return ControlNetApplyAdvanced().apply_controlnet(positive, negative, control_net, pictures, 1.0, 0.0, 1.0)

@@ -33,6 +33,7 @@ from .demo_world import World, encoded, load_world
 from .evidence.blocks import blocks_table, plot_blocks
 from .evidence.boundaries import boundaries_table
 from .evidence.clip_pair import clip_table
+from .evidence.controlnet import ControlPlan, controlnet_table
 from .evidence.doodl import doodl_cost_table, doodl_table
 from .evidence.edits import drags_table, identity_table
 from .evidence.oft import oft_table
@@ -45,24 +46,28 @@ STEPS_OF_A_TRIAL = 1500
 BATCH = 16
 
 
-def run_evaluation(out: Path, pictures: int, tables: list[str], network: Network = "UNet") -> dict[str, Any]:
+def run_evaluation(
+    out: Path, pictures: int, tables: list[str], network: Network = "UNet", control: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """Measure ``tables`` (all of TABLES unless told) on the demo model with a network, print them, and write them into
-    out/evaluation.json, beside older ones."""
+    out/evaluation.json, beside older ones. control: of :class:`ControlPlan`, what is not as usual."""
     import comfy.utils
 
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
-    unknown = [name for name in tables if name not in TABLES]
+    plan = ControlPlan(**{"work": out / "controlnet", **(control or {})})
+    measures = TABLES | {"controlnet": functools.partial(controlnet_table, plan=plan)}
+    unknown = [name for name in tables if name not in measures]
     if unknown:
-        raise ReadoutGuidanceError(f"there is no table {', '.join(unknown)}: choose among {', '.join(TABLES)}")
+        raise ReadoutGuidanceError(f"there is no table {', '.join(unknown)}: choose among {', '.join(measures)}")
     out.mkdir(parents=True, exist_ok=True)
     path = out / "evaluation.json"
     report = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
     world = load_world(pictures, network)
-    for name in tables or [each for each in TABLES if OF_ONE.get(each, network) == network]:
+    for name in tables or [each for each in measures if OF_ONE.get(each, network) == network]:
         key = name if network == "UNet" else f"{name}, {network}"
         with torch.inference_mode():
-            report[key] = TABLES[name](world)
+            report[key] = measures[name](world)
         if name == "blocks":
             plot_blocks(report[key], out / "blocks.png")
         path.write_text(json.dumps(report, indent=1), encoding="utf-8")
@@ -141,7 +146,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "oft_cost": oft_cost_table,
 }
 #: Of a transformer alone, and of a UNet alone.
-OF_ONE = {"blocks": "transformer", "conventions": "UNet"}
+OF_ONE = {"blocks": "transformer", "conventions": "UNet", "controlnet": "UNet"}
 
 
 def read_scores(world: World, head: ReadoutHead, recipe: Recipe, time: float) -> dict[str, float]:

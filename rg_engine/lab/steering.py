@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,17 +28,20 @@ STEPS = 30
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Way:
-    """How pictures are made; without settings they are not guided."""
+    """How pictures are made; without settings they are not guided. control_net: follows the same pictures as the head."""
 
     settings: GuidanceSettings | None = None
+    control_net: Any = None
     steps: int = STEPS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Made:
-    """Finished pictures (B, 128, 128, 3) in 0..1, made in the way ``way``; what they should follow; the time they took."""
+    """Finished pictures (B, 128, 128, 3) in 0..1, made in the way ``way`` under a prompt; what they should follow; the time
+    they took."""
 
     way: str
+    prompt: str
     pictures: Tensor
     wanted: ScenePictures
     seconds: float
@@ -48,14 +52,16 @@ def steer(world: World, recipe: Recipe, head: ReadoutHead, ways: dict[str, Way])
     for first in range(0, world.pictures, BATCH):
         wanted = scene_pictures(SCENE_SEED + 1 + first, min(BATCH, world.pictures - first), figure_only=True)
         target = scene_target(world, recipe, head, wanted)
+        prompt = PROMPTS[first // BATCH % len(PROMPTS)]
         for name, way in ways.items():
             start = {"samples": torch.zeros(len(wanted.scenes), 4, 16, 16)}
+            control = (way.control_net, getattr(wanted, recipe.layer)) if way.control_net is not None else None
             began = time.perf_counter()
             pictures = sample(
                 world, target if way.settings else None, start, way.settings,
-                prompt=PROMPTS[first // BATCH % len(PROMPTS)], seed=100 + first, steps=way.steps,
+                prompt=prompt, seed=100 + first, steps=way.steps, control=control,
             )  # fmt: skip
-            yield Made(way=name, pictures=pictures, wanted=wanted, seconds=time.perf_counter() - began)
+            yield Made(way=name, prompt=prompt, pictures=pictures, wanted=wanted, seconds=time.perf_counter() - began)
 
 
 def scene_target(world: World, recipe: Recipe, head: ReadoutHead, wanted: ScenePictures) -> Target:

@@ -43,14 +43,25 @@ def model_calls(
 def whole_picture_ratio(
     model: Any, target: Target | None, settings: GuidanceSettings, conds: Any, latent: Tensor, *, steps: int, turns: int
 ) -> float:
-    """The time of a guided picture over a plain one's; each step's is its median over so many turns of both."""
-    calls: dict[bool, list[list[float]]] = {False: [], True: []}
+    """The time of a guided picture over a plain one's, see :func:`whole_picture_ratios`."""
+    ways = {"plain": (None, conds), "guided": (target, conds)}
+    return whole_picture_ratios(model, ways, settings, latent, steps=steps, turns=turns)["guided"]
+
+
+def whole_picture_ratios(
+    model: Any, ways: dict[str, tuple[Target | None, Any]], settings: GuidanceSettings, latent: Tensor, *, steps: int,
+    turns: int,
+) -> dict[str, float]:  # fmt: skip
+    """The time of a picture of each way (a target, positive and negative) over the first one's; each step's is its median
+    over so many turns of all of them."""
+    calls: dict[str, list[list[float]]] = {name: [] for name in ways}
     for turn in range(turns + 1):
-        for guided, each in calls.items():
-            found = model_calls(model, target if guided else None, settings, conds, latent, steps=steps)
-            each += [found] if turn else []  # the first one warms up
-    plain, with_guidance = (sum(map(statistics.median, zip(*each, strict=True))) for each in calls.values())
-    return round(with_guidance / plain, 3)
+        for name, (target, conds) in ways.items():
+            found = model_calls(model, target, settings, conds, latent, steps=steps)
+            calls[name] += [found] if turn else []  # the first one warms up
+    seconds = {name: sum(map(statistics.median, zip(*each, strict=True))) for name, each in calls.items()}
+    first = next(iter(seconds.values()))
+    return {name: round(each / first, 3) for name, each in seconds.items()}
 
 
 def median_ratio(seconds: list[float], plain: list[float]) -> float:

@@ -1,0 +1,1 @@
+"""ControlNets for the demo model, on the same pairs as heads."""
