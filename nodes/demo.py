@@ -1,10 +1,11 @@
-"""Load Demo Model, Demo Scene."""
+"""Load Demo Model, Load Demo CLIP, Demo Scene, Demo Subject."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.demo_model import NETWORKS, Network, load_demo_model
+from ..rg_engine.comfy_host.demo_model.clip import load_demo_clip
 from ..rg_engine.demo.scene_pictures import SEQUENCES, scene_pictures, subject_pictures
 from .schema import Readout, Tracks, schema
 
@@ -32,6 +33,27 @@ class LoadDemoModel(io.ComfyNode):
     @classmethod
     def execute(cls, network: Network = NETWORKS[0]) -> io.NodeOutput:
         return io.NodeOutput(*load_demo_model(network))
+
+
+class LoadDemoClip(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return schema(
+            "RG_LoadDemoClip",
+            "Load Demo CLIP",
+            aliases=["readout guidance", "demo", "clip vision", "clip loss"],
+            description="A small picture-text model of the demo world that comes with this extension, for CLIP Loss without "
+            "a download. It knows what the demo model draws: a red figure and a blue ball, grey wall.",
+            inputs=[],
+            outputs=[
+                io.ClipVision.Output("CLIP_VISION", tooltip="Reads pictures; to clip_vision of CLIP Loss."),
+                io.Clip.Output("CLIP", tooltip="Reads texts, to clip of CLIP Loss; prompts are Load Demo Model's."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls) -> io.NodeOutput:
+        return io.NodeOutput(*load_demo_clip())
 
 
 class DemoScene(io.ComfyNode):
@@ -111,4 +133,4 @@ class DemoSubject(io.ComfyNode):
         return io.NodeOutput(pictures, scenes[0].caption())
 
 
-NODES = (LoadDemoModel, DemoScene, DemoSubject)
+NODES = (LoadDemoModel, DemoScene, DemoSubject, LoadDemoClip)

@@ -32,7 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     oft.add_argument("--config", type=Path, required=True, help="YAML or JSON; its settings are in docs/oft.md")
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
-    tables = "heads timesteps pairs conventions kept_features drags identity blocks doodl doodl_cost boundaries oft oft_cost"
+    tables = (
+        "heads timesteps pairs conventions kept_features drags identity blocks clip doodl doodl_cost boundaries oft oft_cost"
+    )
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
@@ -59,7 +61,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     make = commands.add_parser("train-demo", help="make the demo model's files")
     make.add_argument(
-        "parts", nargs="*", default=[], help="pictures autoencoder latents denoiser transformer estimator heads; all"
+        "parts", nargs="*", default=[], help="pictures autoencoder latents denoiser transformer estimator clip heads; all"
     )
     make.add_argument("--work", type=Path, required=True, help="folder for data and checkpoints")
     make.add_argument("--device", default="cpu")
@@ -68,7 +70,8 @@ def main(arguments: list[str] | None = None) -> int:
     make.add_argument("--network", default="UNet", choices=["UNet", "transformer"], help="that heads are trained on")
     make.add_argument("--compile", action="store_true", help="the transformer, by torch.compile: twice as fast on a CPU")
     make.add_argument("--heads", nargs="+", default=None, help="of the part heads, only these")
-    sizes = (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("transformer", 3800, 128), ("estimator", 6000, 64))
+    sizes = (("autoencoder", 3400, 16), ("denoiser", 8000, 1024), ("transformer", 3800, 128), ("estimator", 6000, 64),
+             ("clip", 900, 96))  # fmt: skip
     for part, steps, batch in sizes:
         make.add_argument(f"--{part}-steps", type=int, default=steps)
         make.add_argument(f"--{part}-batch", type=int, default=batch)

@@ -8,3 +8,5 @@ AUTOENCODER = WEIGHTS / "autoencoder.safetensors"
 DENOISER = WEIGHTS / "denoiser.safetensors"
 TRANSFORMER = WEIGHTS / "transformer.safetensors"
 ESTIMATOR = WEIGHTS / "estimator.safetensors"
+CLIP = WEIGHTS / "clip.safetensors"
+CLIP_VISION = WEIGHTS / "clip_vision.json"  # its settings, as ComfyUI reads a vision model's

@@ -25,7 +25,7 @@ from ..training.loop import LoopSettings, Progress, Training
 
 LOG_EVERY_S = 20.0
 SIZE_PX = 128
-PARTS = ("pictures", "autoencoder", "latents", "denoiser", "transformer", "estimator", "heads")
+PARTS = ("pictures", "autoencoder", "latents", "denoiser", "transformer", "estimator", "clip", "heads")
 
 
 def make_pictures(folder: Path, shards: int, per_shard: int = 2000, workers: int = 1) -> None:
@@ -69,7 +69,7 @@ def train_autoencoder(data: Path, out: Path, steps: int, batch: int = 16, device
         x = _as_input(pictures[rng.integers(len(pictures), size=batch)], device)
         yield x, 0.1 * _latent_noise(batch, step, device)
 
-    _train(model, draw, partial(autoencoder.loss, model), out, _settings(steps, 2e-3), batch, device)
+    train_part(model, draw, partial(autoencoder.loss, model), out, loop_settings(steps, 2e-3), batch, device)
     model.normalise(_as_input(pictures[:512], device))
     _save(out, model)
 
@@ -113,7 +113,7 @@ def train_denoiser(
     def compute_loss(z: Tensor, t: Tensor, words: Tensor, v: Tensor) -> Tensor:
         return nn.functional.mse_loss(predict(z, t, words).float(), v)
 
-    _train(model, draw, compute_loss, out, _settings(steps, learning_rate), batch, device)
+    train_part(model, draw, compute_loss, out, loop_settings(steps, learning_rate), batch, device)
 
 
 def train_transformer(
@@ -144,7 +144,7 @@ def train_transformer(
     def compute_loss(x: Tensor, sigma: Tensor, context: Tensor, v: Tensor) -> Tensor:
         return nn.functional.mse_loss(predict(x, sigma, context).float(), v)
 
-    _train(model, draw, compute_loss, out, _settings(steps, learning_rate), batch, device)
+    train_part(model, draw, compute_loss, out, loop_settings(steps, learning_rate), batch, device)
 
 
 def train_estimator(
@@ -167,7 +167,7 @@ def train_estimator(
             rebuilt = model.decode(model.encode(x[:half]) + noise).clamp(-1, 1)
         return estimator.loss(net(torch.cat([rebuilt, x[half:]])), joints, depth)
 
-    _train(net, draw, compute_loss, out, _settings(steps, 2e-3), batch, device)
+    train_part(net, draw, compute_loss, out, loop_settings(steps, 2e-3), batch, device)
 
 
 def _pictures_and_words(data: Path, batch: int, device: str) -> Callable[[int], tuple[Tensor, ...]]:
@@ -186,11 +186,15 @@ def _pictures_and_words(data: Path, batch: int, device: str) -> Callable[[int], 
     return draw
 
 
-def _load(data: Path, key: str, prefix: str = "pictures") -> np.ndarray:
+def load_shards(data: Path, key: str, prefix: str = "pictures") -> Iterator[np.ndarray]:
     shards = [p for p in sorted(data.glob(f"{prefix}_*.npz")) if ".partial" not in p.name]
     if not shards:
         raise FileNotFoundError(f"no {prefix}_*.npz in {data}: render pictures first")
-    return np.concatenate([np.load(path)[key] for path in shards])
+    return (np.load(path)[key] for path in shards)
+
+
+def _load(data: Path, key: str, prefix: str = "pictures") -> np.ndarray:
+    return np.concatenate(list(load_shards(data, key, prefix)))
 
 
 def _as_input(images: np.ndarray, device: str) -> Tensor:
@@ -205,14 +209,14 @@ def _latent_noise(count: int, step: int, device: str) -> Tensor:
     return noise.to(device)
 
 
-def _settings(steps: int, learning_rate: float) -> LoopSettings:
+def loop_settings(steps: int, learning_rate: float) -> LoopSettings:
     return LoopSettings(
         steps=steps, learning_rate=learning_rate, warm_up=300, ema=0.9985, young_ema=True, clip=1.0, betas=(0.9, 0.99),
         weight_decay=0.01, precision="bf16",
     )  # fmt: skip
 
 
-def _train(
+def train_part(
     model: nn.Module, draw: Callable[[int], Iterator[tuple[Tensor, ...]]], compute_loss: Callable[..., Tensor], out: Path,
     settings: LoopSettings, batch: int, device: str,
 ) -> None:  # fmt: skip

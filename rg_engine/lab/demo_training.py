@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from ..comfy_host.demo_model import Denoiser, TransformerDenoiser
-from ..demo import AUTOENCODER, DENOISER, ESTIMATOR, TRANSFORMER
+from ..comfy_host.demo_model.clip import Pair, tokens_of
+from ..demo import AUTOENCODER, CLIP, DENOISER, ESTIMATOR, TRANSFORMER
 from ..demo.autoencoder import Autoencoder
 from ..demo.text import TextEncoder
 from . import demo_parts
+from .demo_clip import train_clip
 from .demo_heads import train_demo_heads
 
 
@@ -63,6 +65,19 @@ def train_demo(parts: list[str], work: Path, options: Any) -> None:
                 data, _autoencoder(device), work / ESTIMATOR.name, options.estimator_steps, options.estimator_batch, device
             )
             shutil.copy(work / ESTIMATOR.name, ESTIMATOR)
+        elif part == "clip":
+            torch.manual_seed(0)
+            train_clip(
+                Pair(),
+                tokens_of,
+                data,
+                work / CLIP.name,
+                _autoencoder(device),
+                options.clip_steps,
+                options.clip_batch,
+                device,
+            )
+            shutil.copy(work / CLIP.name, CLIP)
         else:
             train_demo_heads(work / "heads", names=options.heads, network=options.network)
 

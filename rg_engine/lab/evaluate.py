@@ -32,6 +32,7 @@ from .demo_heads import Recipe, demo_examples, demo_recipe, recipes_of, train_de
 from .demo_world import World, encoded, load_world
 from .evidence.blocks import blocks_table, plot_blocks
 from .evidence.boundaries import boundaries_table
+from .evidence.clip_pair import clip_table
 from .evidence.doodl import doodl_cost_table, doodl_table
 from .evidence.edits import drags_table, identity_table
 from .evidence.oft import oft_table
@@ -132,6 +133,7 @@ TABLES: dict[str, Callable[[World], list[dict[str, Any]]]] = {
     "drags": drags_table,
     "identity": identity_table,
     "blocks": blocks_table,
+    "clip": clip_table,
     "doodl": doodl_table,
     "doodl_cost": doodl_cost_table,
     "boundaries": boundaries_table,

@@ -4,7 +4,8 @@ Both ways go through momentum, perturbation and what keeps the latent noise-like
 
 * reference: the authors' (DOODL, ``gen`` in their code): -1/2 the gradient, the mean over the pair, each element clipped.
   How far it goes depends on the loss's scale.
-* fast: the gradient over its RMS, times a length, so that every loss moves the latent as far.
+* fast: the gradient over its RMS, times a length, so that every loss moves the latent as far; with momentum less of it, by
+  as much as momentum makes of steps that have nothing to do with one another.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from ..errors import OptimizationError
 from .noise_like import Keep, Keeper
 
 Mode = Literal["fast", "reference"]
-#: RMS of a fast update before momentum, at strength 1; white noise has 1. A fifth of it was too slow for 20 updates on the
-#: demo world.
-LENGTH = 0.05
+#: RMS of a fast update without momentum, at strength 1; white noise has 1. What won on the demo world (docs/doodl.md).
+LENGTH = 0.3
 #: What the authors' code makes of the gradient.
 HALF = 0.5
 
@@ -92,4 +92,5 @@ class Updater:
         largest = gradient.flatten(2).abs().amax(-1)[..., None, None, None]
         shape = torch.where(largest > 0, gradient / largest, gradient)  # tiny gradients have no squares in fp32
         rms = shape.square().flatten(2).mean(-1).sqrt()[..., None, None, None]
-        return -LENGTH * self.settings.strength * torch.where(rms > 0, shape / rms, shape)
+        length = LENGTH * self.settings.strength * math.sqrt(1 - self.settings.momentum**2)
+        return -length * torch.where(rms > 0, shape / rms, shape)

@@ -10,7 +10,9 @@ from safetensors.torch import load_file
 from torch import nn
 
 from rg_engine.demo.autoencoder import LATENT_CHANNELS, Autoencoder
+from rg_engine.demo.text import WORDS, pad, tokenize
 from rg_engine.lab import demo_parts
+from rg_engine.lab.demo_clip import contrastive_loss, train_clip
 from rg_engine.training import loop
 
 
@@ -21,6 +23,21 @@ class SmallDenoiser(nn.Module):
 
     def predict(self, z, timestep, tokens):
         return self.mix(z) + (self.time(timestep) + self.time(tokens).mean(1))[:, :, None, None]
+
+
+class SmallPair(nn.Module):
+    """The mean colours of a picture's quarters, and of words."""
+
+    def __init__(self):
+        super().__init__()
+        self.colours, self.words = nn.Linear(12, 8), nn.Embedding(len(WORDS), 8)
+        self.logit_scale = nn.Parameter(torch.tensor(1.0))
+
+    def pictures(self, values):
+        return self.colours(nn.functional.adaptive_avg_pool2d(values, 2).flatten(1))
+
+    def texts(self, tokens):
+        return self.words(tokens).mean(1)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +67,11 @@ def estimator(data, out):
     demo_parts.train_estimator(data, frozen(), out, steps=3, batch=2)
 
 
-@pytest.mark.parametrize("train", [autoencoder, denoiser, estimator], ids=lambda f: f.__name__)
+def clip(data, out):
+    train_clip(SmallPair(), lambda text: pad(tokenize(text)[0]), data, out, frozen(), steps=3, batch=4)
+
+
+@pytest.mark.parametrize("train", [autoencoder, denoiser, estimator, clip], ids=lambda f: f.__name__)
 def test_a_part_broken_off_ends_as_in_one_go(data, tmp_path, monkeypatch, train):
     monkeypatch.setattr(loop, "CHECKPOINT_EVERY_S", -1.0)
     whole, part = tmp_path / "whole" / "a.safetensors", tmp_path / "part" / "a.safetensors"
@@ -72,3 +93,16 @@ def test_a_part_broken_off_ends_as_in_one_go(data, tmp_path, monkeypatch, train)
 
 def breaking_off():
     raise KeyboardInterrupt
+
+
+def test_a_pair_learns_which_caption_and_which_of_the_pictures_that_share_one():
+    cosines = torch.tensor([[4.0, 1.0, 0.5], [3.0, 0.0, 1.0], [0.0, 2.0, 1.5]], requires_grad=True)
+    own = torch.tensor([0, 0, 1])  # the third caption is no picture's
+    across = [-cosines[i].log_softmax(0)[own[i]] for i in range(3)]
+    down = cosines[:, :2].softmax(0)
+    wanted = (sum(across) / 3 - (down[:2, 0].sum().log() + down[2, 1].log()) / 2) / 2
+    found = contrastive_loss(cosines, own)
+    torch.testing.assert_close(found, wanted)
+    (gradient,) = torch.autograd.grad(found, cosines)
+    assert gradient.isfinite().all()
+    assert gradient[2, 1] < 0 < gradient[2, 0]

@@ -24,22 +24,28 @@ def load_clip() -> Any:
     return clip
 
 
+def weighted_tokens(text: str) -> list[tuple[int, float]]:
+    """Token ids of the words known, with ComfyUI's weights such as (red:1.2); the others are named in the log."""
+    found: list[tuple[int, float]] = []
+    escaped = comfy.sd1_clip.escape_important(text)
+    strange: list[str] = []
+    for part, weight in comfy.sd1_clip.token_weights(escaped, 1.0):
+        known, unknown = tokenize(comfy.sd1_clip.unescape_important(part))
+        found += [(token, weight) for token in known]
+        strange += unknown
+    if strange:
+        log.warning("The demo model does not know the words: %s", ", ".join(dict.fromkeys(strange)))
+    return found
+
+
 class _DemoTokenizer:
-    """Text to token ids with weights, in ComfyUI's shape; words outside the vocabulary are named in the log."""
+    """Text to token ids with weights, in ComfyUI's shape."""
 
     def __init__(self, embedding_directory: Any = None, tokenizer_data: Any = None) -> None:
         pass
 
     def tokenize_with_weights(self, text: str, return_word_ids: bool = False, **_options: Any) -> dict[str, list]:
-        found: list[tuple[int, float]] = []
-        escaped = comfy.sd1_clip.escape_important(text)
-        strange: list[str] = []
-        for part, weight in comfy.sd1_clip.token_weights(escaped, 1.0):
-            known, unknown = tokenize(comfy.sd1_clip.unescape_important(part))
-            found += [(token, weight) for token in known]
-            strange += unknown
-        if strange:
-            log.warning("The demo model does not know the words: %s", ", ".join(dict.fromkeys(strange)))
+        found = weighted_tokens(text)
         tokens = pad([token for token, _ in found][:16])
         weights = [weight for _, weight in found][:16]
         weights += [1.0] * (len(tokens) - len(weights))

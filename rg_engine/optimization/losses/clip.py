@@ -30,8 +30,8 @@ def mean_feature(features: Tensor) -> Tensor:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClipLoss:
-    """wanted: features (D,) of a text, or of pictures. over: what counts of several crops; the authors' code takes the
-    smallest distance."""
+    """wanted: features (D,) of a text, or of pictures; or a row for each picture, (B, D). over: what counts of several
+    crops; the authors' code takes the smallest distance."""
 
     embed: Embed
     wanted: Tensor
