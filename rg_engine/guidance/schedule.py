@@ -170,16 +170,18 @@ def landing(mode: Mode, sigma: float, next_sigma: float) -> float:
 def percent_of(sigma: float, percent_to_sigma: Callable[[float], float]) -> float:
     """The inverse of ``percent_to_sigma`` (which falls), to about 1e-7; 0 at or above the first sigma, 1 at 0.
 
-    By false position in log sigma (the Illinois way): of a model, each value is a dozen launches, and bisection asks for three
-    times as many.
+    By false position in log sigma (the Illinois way): each value is a dozen launches, and bisection asks for twice as many.
     """
+    if sigma <= 0:
+        return 1.0
     low, high, above, below = 0.0, 1.0, math.inf, -math.inf  # log(the sigma there / sigma) at both ends
     last = math.nan
     while high - low > 1e-7:
         known = math.isfinite(above) and math.isfinite(below)
         middle = low + (high - low) * (above / (above - below) if known else 0.5)
         there = percent_to_sigma(middle)
-        found = math.log(there / sigma) if min(there, sigma) > 0 and max(there, sigma) < math.inf else there - sigma
+        finite = 0 < there < math.inf and sigma < math.inf
+        found = math.log(there / sigma) if finite else (math.inf if there > sigma else -math.inf)
         if abs(found) < 2e-7:
             return middle if middle > 1e-6 else 0.0
         if found > 0:
