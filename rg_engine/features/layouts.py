@@ -62,10 +62,30 @@ class Tokens:
                 f"the model's stream has {length} tokens where the picture has {count}: another node changes it. Bypass "
                 "that node for the guided sampler"
             )
-        exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
-        map_ = F.layer_norm(exact, exact.shape[-1:]).unflatten(1, (height, width)).movedim(-1, 1)
+        map_ = _Normalised.apply(tokens).unflatten(1, (height, width)).movedim(-1, 1)
         if latent[-2] % self.patch == 0 and latent[-1] % self.patch == 0:
             return map_
         # The last tokens reach beyond the latent's edge.
         cells = map_.repeat_interleave(self.patch, -2).repeat_interleave(self.patch, -1)
         return cells[..., : latent[-2], : latent[-1]]
+
+
+class _Normalised(torch.autograd.Function):
+    """Tokens (B, N, C) with mean 0 and deviation 1 each, in fp32 or more; kept for backward are the tokens as they came."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        return _normalise(tokens)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (tokens,) = ctx.saved_tensors
+        with torch.enable_grad():
+            leaf = tokens.detach().requires_grad_()
+            return torch.autograd.grad(_normalise(leaf), leaf, gradient)[0]
+
+
+def _normalise(tokens: Tensor) -> Tensor:
+    exact = tokens.to(torch.promote_types(tokens.dtype, torch.float32))
+    return F.layer_norm(exact, exact.shape[-1:])
