@@ -33,8 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
     tables = "heads timesteps pairs conventions kept_features drags identity blocks doodl doodl_cost boundaries oft oft_cost"
-    tables = f"{tables} controlnet"
-    evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
+    evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables} controlnet; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
     evaluate.add_argument("--pictures", type=int, default=32, help="guided pictures for each figure")
     evaluate.add_argument("--network", default="UNet", choices=["UNet", "transformer"], help="of the demo model")
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     evaluate.add_argument("--controls", nargs="+", default=None, help="controlnet: pose, depth, edges; all of them")
     evaluate.add_argument("--pairs", nargs="+", type=int, default=None, help="controlnet: trained on; 100, 1000, 20000")
-    evaluate.add_argument("--steps", type=int, default=None, help="controlnet: of the ControlNets' training")
+    evaluate.add_argument("--steps", type=int, default=None, help="controlnet: of the ControlNets' training; 500")
 
     benchmark = commands.add_parser("benchmark", help="what guidance costs, in time and memory; writes benchmark.json")
     benchmark.add_argument("--out", type=Path, default=Path("demo_out"))
