@@ -46,7 +46,7 @@ def command_line() -> argparse.ArgumentParser:
     )
     evaluate.add_argument("--controls", nargs="+", default=None, help="controlnet: pose, depth, edges; all of them")
     evaluate.add_argument("--pairs", nargs="+", type=int, default=None, help="controlnet: trained on; 100, 1000, 20000")
-    evaluate.add_argument("--steps", type=int, default=None, help="controlnet: of the ControlNets' training")
+    evaluate.add_argument("--steps", type=int, default=None, help="controlnet: of the ControlNets' training; 500")
 
     benchmark = commands.add_parser("benchmark", help="what guidance costs, in time and memory; writes benchmark.json")
     benchmark.add_argument("--out", type=Path, default=Path("demo_out"))

@@ -6,14 +6,13 @@ nothing else takes any, on a CPU.
 
 from __future__ import annotations
 
-import contextlib
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import BasicTransformerBlock
-from torch import nn
+from comfy.patcher_extension import WrappersMP
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...guidance import GuidanceSettings, Target
@@ -22,7 +21,7 @@ from .timing import median_ratio, model_calls
 
 #: SD1.5's layers, all of them, as narrow as their norms allow.
 TINY = Shape(config={**SD15, "model_channels": 32, "context_dim": 32, "num_heads": 4}, cells=8, projection=128)
-STEPS = 4  # of a run; the first and the last one are not counted
+STEPS = 10  # of a run; a step is short enough that its move needs no second prediction
 EVERY_STEP = GuidanceSettings(interval=0.0)
 
 
@@ -47,28 +46,35 @@ class Launches(TorchDispatchMode):
             self.found["backward" if backward else "forward" if self._inside else "rest"] += 1
         return func(*args, **(kwargs or {}))
 
-    def close(self) -> None:
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
         for handle in self._handles:
             handle.remove()
 
 
-@contextlib.contextmanager
-def counted(network: nn.Module) -> Iterator[Counter[str]]:
-    launches = Launches(network)
-    try:
-        with launches:
-            yield launches.found
-    finally:
-        launches.close()
+def step_launches(model: Any, target: Target | None, settings: GuidanceSettings, conds: Any, latent: Tensor) -> Counter[str]:
+    """Of the third step of a run: all that happens in the sampler's one model call."""
+    found: list[Counter[str]] = []
+
+    def count(executor: Any, *args: Any, **kwargs: Any) -> Tensor:
+        with Launches(model.model.diffusion_model) as launches:
+            out = executor(*args, **kwargs)
+        found.append(launches.found)
+        return out
+
+    counted = model.clone()
+    counted.add_wrapper_with_key(WrappersMP.PREDICT_NOISE, "launches", count)
+    model_calls(counted, target, settings, conds, latent, steps=STEPS)
+    return found[2]
 
 
 def block_launches(network: nn.Module) -> int:
     """Of one transformer block, one branch."""
     block = next(module for module in network.modules() if isinstance(module, BasicTransformerBlock))
     width, context = block.norm1.weight.numel(), block.attn2.to_k.in_features
-    with counted(block) as found:
+    with Launches(block) as launches:
         block(torch.zeros(1, 64, width), torch.zeros(1, 77, context))
-    return found["forward"]
+    return launches.found["forward"]
 
 
 @torch.inference_mode()
@@ -76,7 +82,6 @@ def launches_table(turns: int) -> list[dict[str, Any]]:
     """A row a way of making a step with two prompts: launches in the network's forward passes, in backward and beside them,
     and host time over a plain step's."""
     model = random_model(TINY, torch.float32)
-    network = model.model.diffusion_model
     conds = tuple(random_conds(model, TINY, seed) for seed in (1, 2))
     latent = zero_latent(TINY, 1)
     (head,) = random_heads(model, TINY, 1)
@@ -88,16 +93,12 @@ def launches_table(turns: int) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):
         for name, (wanted, settings) in ways.items():
-            times = model_calls(model, wanted, settings, conds, latent, steps=STEPS)[1:-1]
+            times = model_calls(model, wanted, settings, conds, latent, steps=STEPS)[1:4]
             seconds[name] += times if turn else []
     rows = []
     for name, (wanted, settings) in ways.items():
-        runs = []
-        for steps in (STEPS, STEPS + 1):
-            with counted(network) as found:
-                model_calls(model, wanted, settings, conds, latent, steps=steps)
-            runs.append(found)
-        of_a_step = {key: runs[1][key] - runs[0][key] for key in ("forward", "backward", "rest")}
+        found = step_launches(model, wanted, settings, conds, latent)
+        of_a_step = {key: found[key] for key in ("forward", "backward", "rest")}
         rows.append({"a step": name, **of_a_step, "host time": median_ratio(seconds[name], seconds["plain"])})
-    block = {"forward": block_launches(network), "backward": 0, "rest": 0, "host time": ""}
+    block = {"forward": block_launches(model.model.diffusion_model), "backward": 0, "rest": 0, "host time": ""}
     return [*rows, {"a step": "one transformer block", **block}]
