@@ -33,8 +33,8 @@ def command_line() -> argparse.ArgumentParser:
 
     evaluate = commands.add_parser("evaluate", help="measure heads on the demo world; writes evaluation.json and tables")
     tables = (
-        "heads timesteps pairs conventions kept_features drags identity blocks clip doodl doodl_cost boundaries oft oft_cost "
-        "controlnet"
+        "heads timesteps pairs conventions kept_features drags identity blocks clip doodl doodl_cost boundaries oft "
+        "oft_cost controlnet"
     )
     evaluate.add_argument("tables", nargs="*", default=[], help=f"{tables}; all of them unless told")
     evaluate.add_argument("--out", type=Path, default=Path("demo_out"))
