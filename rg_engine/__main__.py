@@ -58,6 +58,7 @@ def command_line() -> argparse.ArgumentParser:
     benchmark.add_argument("--pictures", nargs="+", type=int, default=[], metavar="STEPS", help="whole pictures as well")
     benchmark.add_argument("--count", nargs="+", default=[], metavar="SHAPE", choices=COUNTED,
                            help="operations and bytes of these shapes, counted without computing")  # fmt: skip
+    benchmark.add_argument("--launches", action="store_true", help="kernels and host time of a tiny network's steps")
     benchmark.add_argument("--runs", type=int, default=0, help="so many guided runs, for their memory")
     benchmark.add_argument("--frontier", type=int, default=0, metavar="PICTURES", help="control against cost, demo model")
 
@@ -135,6 +136,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_benchmark(
                 options.out, options.shape, options.turns, options.dtype, options.ways,
                 pictures=options.pictures, frontier=options.frontier, runs=options.runs, counted=options.count,
+                launches=options.launches,
             )  # fmt: skip
             return 0
         if options.command == "evaluate":

@@ -104,6 +104,7 @@ def test_no_node_lies_on_another_and_each_is_in_its_group(large, name):
     seen = large.page.evaluate(BOXES)
     assert len(seen["nodes"]) == len(TEMPLATES[name]["nodes"])
     assert seen["vue"] == (large.renderer == "vue"), "not the renderer that was asked for"
+    assert all(min(width, height) > 20 for _, _, width, height in seen["nodes"].values()), "a node is not drawn"
     overlaps = [
         f"{a} and {b} share {width:.0f} x {height:.0f}"
         for (a, one), (b, other) in itertools.combinations(seen["nodes"].items(), 2)

@@ -28,6 +28,7 @@ from ..demo_world import load_world
 from ..evaluate import markdown
 from ..workflow import Executor, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 from .frontier import measure_frontier, plot_frontier
+from .launches import launches_table
 from .models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
 from .operations import count_kept_bytes, operations_table
 from .timing import median_ratio, model_calls, whole_picture_ratio
@@ -68,12 +69,13 @@ WAYS = {
 def run_benchmark(
     out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None, *,
     pictures: list[int] | None = None, frontier: int = 0, runs: int = 0, counted: list[str] | None = None,
+    launches: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the shapes; prints tables, writes benchmark.json.
 
     pictures: whole pictures of so many steps as well. frontier: control against cost on so many pictures of the demo model,
     with a plot, frontier.png. counted: shapes whose operations and bytes are counted instead. runs: so many guided runs of
-    the example workflow one after another, for their memory.
+    the example workflow one after another, for their memory. launches: kernels and host time of a tiny network's steps.
     """
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
@@ -96,6 +98,9 @@ def run_benchmark(
     for name in counted or []:
         report[f"{name}, counted"] = transformer_table(name) if name in BIG else operations_table(SHAPES[name])
         print(f"\n{name}, {'bf16' if name in BIG else 'fp16'}, counted\n{markdown(report[f'{name}, counted'])}", flush=True)
+    if launches:
+        report["launches"] = launches_table(turns)
+        print(f"\nlaunches\n{markdown(report['launches'])}", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     if runs:
         report["resident MiB after runs"] = sizes = memory_over_runs(runs)

@@ -1,0 +1,103 @@
+"""How many kernels a step launches, and how long Python takes for them: what binds where a network is small beside its GPU.
+
+Every operation that is no view is a launch; they are the same on every device. Host time is that of a network so small that
+nothing else takes any, on a CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from comfy.ldm.modules.attention import BasicTransformerBlock
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ...guidance import GuidanceSettings, Target
+from .models import SD15, Shape, random_conds, random_heads, random_model, zero_latent
+from .timing import median_ratio, model_calls
+
+#: SD1.5's layers, all of them, as narrow as their norms allow.
+TINY = Shape(config={**SD15, "model_channels": 32, "context_dim": 32, "num_heads": 4}, cells=8, projection=128)
+STEPS = 4  # of a run; the first and the last one are not counted
+EVERY_STEP = GuidanceSettings(interval=0.0)
+
+
+class Launches(TorchDispatchMode):
+    """Counts launches by where they happen: in the network's forward, in a block of it, in backward, or elsewhere."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.found: Counter[str] = Counter()
+        self._inside = 0
+        self._handles = [
+            network.register_forward_pre_hook(lambda *_: self._enter(1)),
+            network.register_forward_hook(lambda *_: self._enter(-1), always_call=True),
+        ]
+
+    def _enter(self, change: int) -> None:
+        self._inside += change
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not func.is_view:
+            backward = torch._C._current_graph_task_id() != -1
+            self.found["backward" if backward else "forward" if self._inside else "rest"] += 1
+        return func(*args, **(kwargs or {}))
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+@contextlib.contextmanager
+def counted(network: nn.Module) -> Iterator[Counter[str]]:
+    launches = Launches(network)
+    try:
+        with launches:
+            yield launches.found
+    finally:
+        launches.close()
+
+
+def block_launches(network: nn.Module) -> int:
+    """Of one transformer block, one branch."""
+    block = next(module for module in network.modules() if isinstance(module, BasicTransformerBlock))
+    width, context = block.norm1.weight.numel(), block.attn2.to_k.in_features
+    with counted(block) as found:
+        block(torch.zeros(1, 64, width), torch.zeros(1, 77, context))
+    return found["forward"]
+
+
+@torch.inference_mode()
+def launches_table(turns: int) -> list[dict[str, Any]]:
+    """A row a way of making a step with two prompts: launches in the network's forward passes, in backward and beside them,
+    and host time over a plain step's."""
+    model = random_model(TINY, torch.float32)
+    network = model.model.diffusion_model
+    conds = tuple(random_conds(model, TINY, seed) for seed in (1, 2))
+    latent = zero_latent(TINY, 1)
+    (head,) = random_heads(model, TINY, 1)
+    target = Target(head=head, image=torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0)), end_percent=1.0)
+    ways: dict[str, tuple[Target | None, GuidanceSettings]] = {
+        "plain": (None, EVERY_STEP), "no move at this step": (target, GuidanceSettings(strength=0.0)),
+        "fast": (target, EVERY_STEP), "reference": (target, GuidanceSettings(mode="reference")),
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for turn in range(turns + 1):
+        for name, (wanted, settings) in ways.items():
+            times = model_calls(model, wanted, settings, conds, latent, steps=STEPS)[1:-1]
+            seconds[name] += times if turn else []
+    rows = []
+    for name, (wanted, settings) in ways.items():
+        runs = []
+        for steps in (STEPS, STEPS + 1):
+            with counted(network) as found:
+                model_calls(model, wanted, settings, conds, latent, steps=steps)
+            runs.append(found)
+        of_a_step = {key: runs[1][key] - runs[0][key] for key in ("forward", "backward", "rest")}
+        rows.append({"a step": name, **of_a_step, "host time": median_ratio(seconds[name], seconds["plain"])})
+    block = {"forward": block_launches(network), "backward": 0, "rest": 0, "host time": ""}
+    return [*rows, {"a step": "one transformer block", **block}]
