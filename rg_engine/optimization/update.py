@@ -21,7 +21,8 @@ from ..errors import OptimizationError
 from .noise_like import Keep, Keeper
 
 Mode = Literal["fast", "reference"]
-#: RMS of a fast update without momentum, at strength 1; white noise has 1. What won on the demo world (docs/doodl.md).
+#: RMS of a fast update without momentum, at strength 1; white noise has 1. What won on the demo world:
+#: docs/optimize_noise.md.
 LENGTH = 0.3
 #: What the authors' code makes of the gradient.
 HALF = 0.5

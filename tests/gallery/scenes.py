@@ -19,7 +19,10 @@ FOLDERS = {
     "CLIPLoader": "text_encoders", "DualCLIPLoader": "text_encoders", "RG_LoadReadoutHead": "readout_heads",
 }  # fmt: skip
 LEFT_OUT = ("RG_ReadOut", "PreviewImage", "Note", "MarkdownNote")
-DRAG_COLUMNS = {"RG_DragPoints": 0, "RG_ReadoutGuidedKSampler": 400, "SaveImage": 760}
+#: Where nodes of the drag editor's film are, and of what size.
+DRAG_PLACES = {
+    "RG_DragPoints": (0, [360, 470]), "RG_ReadoutGuidedKSampler": (400, [320, 400]), "SaveImage": (760, [360, 430]),
+}  # fmt: skip
 NOT_SHOWN = -4000
 
 
@@ -36,10 +39,11 @@ def drag_editor(server: Server, browser: Any, out: Path) -> None:
     workflow = template("drag")
     ids = {node["type"]: node["id"] for node in workflow["nodes"]}
     for node in workflow["nodes"]:
-        place = DRAG_COLUMNS.get(node["type"])
-        node["pos"] = [place, 0] if place is not None else [NOT_SHOWN, node["pos"][1]]
-        if node["type"] == "SaveImage":
-            node["size"] = [360, 430]
+        if node["type"] in DRAG_PLACES:
+            column, node["size"] = DRAG_PLACES[node["type"]]
+            node["pos"] = [column, 0]
+        else:
+            node["pos"] = [NOT_SHOWN, node["pos"][1]]
         if node["type"] == "RG_DragPoints":
             points = json.loads(node["widgets_values"][0])["drags"]
     workflow["groups"] = []
@@ -85,20 +89,20 @@ def three_nodes(server: Server, browser: Any, out: Path) -> None:
     workflow = template("pose")
     drop = {node["id"] for node in workflow["nodes"] if node["type"] in LEFT_OUT}
     places = {
-        "RG_LoadDemoModel": (0, 0), "CLIPTextEncode": (330, 0), "EmptyLatentImage": (330, 290), "LoadImage": (0, 280),
-        "RG_LoadReadoutHead": (0, 150), "RG_ReadoutTarget": (330, 440), "RG_ReadoutGuidedKSampler": (690, 0),
-        "VAEDecode": (690, 480), "SaveImage": (1060, 0),
+        "RG_LoadDemoModel": (0, 0, 300, 66), "RG_LoadReadoutHead": (0, 150, 300, 82), "LoadImage": (0, 280, 300, 390),
+        "CLIPTextEncode": (330, 0, 330, 110), "EmptyLatentImage": (330, 290, 330, 106),
+        "RG_ReadoutTarget": (330, 440, 330, 220), "RG_ReadoutGuidedKSampler": (690, 0, 340, 400),
+        "VAEDecode": (690, 480, 200, 46), "SaveImage": (1060, 0, 220, 260),
     }  # fmt: skip
     seen = 0
     for node in workflow["nodes"]:
         if node["type"] == "RG_DemoScene":
-            node.update(type="LoadImage", title="Pose to follow", widgets_values=["pose.png", "image"], size=[300, 390])
+            node.update(type="LoadImage", title="Pose to follow", widgets_values=["pose.png", "image"])
             node["outputs"] = [{"name": "IMAGE", "type": "IMAGE", "links": node["outputs"][1]["links"]}]
-        node["pos"] = list(places.get(node["type"], (0, 0)))
+        place = places.get(node["type"], (0, 0, 100, 100))
+        node.update(pos=list(place[:2]), size=list(place[2:]))
         if node["type"] == "CLIPTextEncode":
             node["pos"][1], seen = 145 * seen, seen + 1
-        if node["type"] == "SaveImage":
-            node["size"] = [220, 260]
         if node["type"] in ("RG_LoadReadoutHead", "RG_ReadoutTarget", "RG_ReadoutGuidedKSampler"):
             node.update(color="#2a4a3a", bgcolor="#33584a")
     workflow["nodes"] = [node for node in workflow["nodes"] if node["id"] not in drop]

@@ -77,10 +77,11 @@ class Studio:
         return Image.open(io.BytesIO(self.page.screenshot())).convert("RGB")
 
     def whole_graph(self, zoom: float) -> Image.Image:
-        """Every node, and nothing of the page's own. Below a zoom of 0.65 the page leaves words out."""
+        """Every node and group, and nothing of the page's own. Below a zoom of 0.65 the page leaves words out."""
         x, y, w, h = self.page.evaluate(
             """() => {
-                const boxes = app.graph.nodes.map(n => n.getBounding ? n.getBounding() : n.boundingRect);
+                const groups = app.graph.groups.map(g => [...g.pos, ...g.size]);
+                const boxes = [...app.graph.nodes.map(n => n.getBounding ? n.getBounding() : n.boundingRect), ...groups];
                 const [left, top] = [0, 1].map(i => Math.min(...boxes.map(b => b[i])));
                 return [left, top, ...[0, 1].map(i => Math.max(...boxes.map(b => b[i] + b[i + 2])) - [left, top][i])];
             }"""

@@ -18,7 +18,7 @@ from PIL import Image
 COMFY_CLI = "READOUT_GUIDANCE_COMFY_CLI"
 #: What no clone has.
 LEFT_OVER = (".git", ".nox", ".venv", "__pycache__", ".*_cache", "demo_out", "*.egg-info", "build", "dist", "node.zip")
-MOST_BYTES = 30_000_000
+MOST_BYTES = 40_000_000
 PATIENCE_S = 240.0
 LOADS = """
 import asyncio, sys
