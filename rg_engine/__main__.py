@@ -20,7 +20,10 @@ def command_line() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("demo_out"))
     demo.add_argument("--pictures", type=int, default=8, help="pictures for each head")
     demo.add_argument("--modes", nargs="+", default=["fast"], choices=["fast", "reference"])
-    edits = ["apply", "boundary", "drag", "drag_object", "drag_photo", "identity", "oft", "optimize_noise", "train_head"]
+    edits = [
+        "apply", "boundary", "drag", "drag_object", "drag_photo", "identity", "oft", "optimize_look", "optimize_noise",
+        "optimize_text", "train_head",
+    ]  # fmt: skip
     demo.add_argument("--edits", nargs="*", default=["drag"], choices=edits, help="further workflows to make a picture of")
     demo.add_argument("--strength", type=float, default=None, help="instead of the workflows' own")
     demo.add_argument("--device", default="auto", choices=["auto", "cpu"])

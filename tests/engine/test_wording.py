@@ -48,5 +48,5 @@ def test_the_referee_sees_what_is_there_and_misses_what_is_not(like):
             if changed in hits and name != "colours swapped":
                 before, after = (seen.has(read_caption(each))[changed] for each in (caption, others[0]))
                 false.setdefault(changed, []).append(after - before)
-    assert {name: round(float(np.mean(each)), 2) for name, each in hits.items() if np.mean(each) < 0.8} == {}
+    assert {name: round(float(np.mean(each)), 2) for name, each in hits.items() if np.mean(each) < 0.7} == {}
     assert all(np.mean(each) < -0.6 for each in false.values())

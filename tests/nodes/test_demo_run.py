@@ -49,6 +49,14 @@ def test_optimized_noise_s_picture_shows_what_was_asked_for_before_and_after(run
     assert np.abs(after - before).mean() > 1
 
 
+@pytest.mark.parametrize("name", ["optimize_text", "optimize_look"])
+def test_a_clip_loss_s_picture_shows_before_and_after(run, name):
+    row = np.asarray(run(name, "edit_row", "RG_OptimizeNoise", steps=2, updates=2)).astype(int)
+    *_, before, after = np.split(row, row.shape[1] // row.shape[0], axis=1)
+    assert before.shape == (256, 256, 3)
+    assert np.abs(after - before).mean() > 1
+
+
 def test_a_guided_model_s_picture_shows_the_pose_and_what_each_strength_made_of_it(run):
     engine("lab.workflow").load_comfyui_nodes("nodes_latent.py")
     pose, *made = np.split(np.asarray(run("apply", "edit_row", "KSamplerAdvanced", steps=4)), 5, axis=1)

@@ -93,14 +93,15 @@ def test_without_updates_the_picture_is_ksamplers_to_the_last_bit(small, given, 
 
 
 MODES = [
-    {}, {"mode": "reference", "loss_scale": 0.1}, {"noise_like": "norm"}, {"nesterov": False}, {"keep_norm": False},
+    {}, {"mode": "reference", "loss_scale": 0.1}, {"noise_like": "norm"}, {"nesterov": True}, {"keep_norm": False},
     {"noise": 1e-3}, {"couple": "edict", "steps": 10, "cfg": 1.0},
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 def test_the_loss_falls(small, mode):
-    done = small.optimize(updates=2 if "couple" in mode else 4, **mode)
+    strength = 1.0 if "mode" in mode else 0.15  # a network of random weights takes shorter steps than a trained one
+    done = small.optimize(updates=2 if "couple" in mode else 4, strength=strength, **mode)
     assert min(done.losses) < 0.99 * done.losses[0]
     assert len(done.losses) == (3 if "couple" in mode else 5)
     assert done.plot.shape == (1, 400, 720, 3)

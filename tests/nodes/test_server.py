@@ -87,6 +87,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_LoadBoundary": (["boundary_name"], [], ["BOUNDARY"]),
     "RG_SaveBoundary": (["boundary", "name", "overwrite"], [], ["STRING"]),
     "RG_DemoSubject": (["seed", "count"], [], ["IMAGE", "STRING"]),
+    "RG_LoadDemoClip": ([], [], ["CLIP_VISION", "CLIP"]),
     "RG_LoadOFT": (
         ["model", "file", "strength"], ["clip", "strength_clip", "coft_eps", "convention", "orthogonal", "oft"],
         ["MODEL", "CLIP", "OFT", "STRING", "CONTROL_NET"],

@@ -27,7 +27,7 @@ STEPS, CFG, SEED = 4, 1.0, 100
 UPDATES = (5, 10, 25, 50)
 #: What an update takes, in pictures made without a gradient.
 PICTURES_AN_UPDATE = 4
-#: Of one-step guidance; of 1, 3, 8 and 20 in a trial the best but 20, which wrecked pictures.
+#: Of one-step guidance: of 1, 3 and 8 in a trial the one with the least error; 20 wrecked pictures.
 PATH = 8.0
 #: A way's name, its updates or as many network calls, pictures (n, H, W, 3), and seconds of the processor.
 Made = tuple[str, int, Tensor, float]
