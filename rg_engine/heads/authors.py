@@ -18,9 +18,9 @@ from .pixel import PixelNetwork
 def to_authors_layout(head: ReadoutHead) -> dict[str, Any]:
     """The dictionary that the authors' code saves with ``torch.save`` (keys ``bottleneck_layers.i.``)."""
     spec = head.spec
-    per_pixel = isinstance(head.network, PixelNetwork)
-    if per_pixel or any(patch > 1 for patch in head.network.patches):
-        what = "a per-pixel head" if per_pixel else "the head of a transformer"
+    network = head.network
+    if isinstance(network, PixelNetwork) or any(patch > 1 for patch in network.patches):
+        what = "a per-pixel head" if isinstance(network, PixelNetwork) else "the head of a transformer"
         raise HeadFileError(f"head {head.name!r} is {what}, which the authors' layout has no place for: save .safetensors")
     sequential = not spec.use_emb and spec.kind != "correspondence"  # how the authors' files say: run without emb
     state = head.network.state_dict()

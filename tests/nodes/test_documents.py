@@ -101,7 +101,8 @@ def test_every_file_that_is_named_exists(document):
 
 
 def test_every_command_is_one(document, comfyui):
-    tables, ways = set(engine("lab.evaluate").TABLES), set(engine("lab.cost.benchmark").WAYS)
+    evaluate = engine("lab.evaluate")
+    tables, ways = {*evaluate.TABLES, *evaluate.OF_ONE}, set(engine("lab.cost.benchmark").WAYS)
     for command in commands(document):
         words = shlex.split(command, comments=True)
         asked, _, more = " ".join(words).partition(" -- ")
