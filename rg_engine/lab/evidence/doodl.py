@@ -24,6 +24,8 @@ from .doodl_aims import FIGURE, Aim, attributes_aim, palette_aim, pose_aim
 from .one_step import OneStep, one_step_guided
 
 STEPS, CFG, SEED = 4, 1.0, 100
+#: What an update costs is told without a negative prompt and with one.
+COST_CFGS = (1.0, 3.0)
 UPDATES = (5, 10, 25, 50)
 #: What an update takes, in pictures made without a gradient.
 PICTURES_AN_UPDATE = 4
@@ -62,7 +64,7 @@ def doodl_cost_table(world: World) -> list[dict[str, Any]]:
     """What an update takes, in pictures made by ComfyUI's sampler, and what is kept for its backward, by steps."""
     aim, weights = palette_aim(1), list(world.model.model.parameters())
     rows = []
-    for cfg in (1.0, CFG):
+    for cfg in COST_CFGS:
         for steps in (10, 25, 50):
             seconds: dict[int, list[float]] = {0: [], 1: []}
             for updates in (0, 1, 0, 1):
