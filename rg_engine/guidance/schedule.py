@@ -113,7 +113,7 @@ def make_plan(
     part = settings.interval / settings.iterations if settings.mode == "fast" else 0.0
     often = min(part, closest / settings.iterations)
     limits = [(percent_to_sigma(start), percent_to_sigma(end)) for start, end in ranges]
-    began = percent_of(sigmas[0], percent_to_sigma)
+    began, finish = (percent_of(sigma, percent_to_sigma) for sigma in (sigmas[0], sigmas[-1]))
     origin = max(began, min((start for start, _ in ranges), default=0.0))
     found: list[tuple[int, float, tuple[int, ...]]] = []  # steps in which anything guides
     for step, sigma in enumerate(sigmas[:-1]):
@@ -122,7 +122,7 @@ def make_plan(
         active = tuple(i for i in in_range if counts(i, percent))
         if active and settings.strongest_at(percent):
             found.append((step, percent, active))
-    until = min(max((end for _, end in ranges), default=0.0), percent_of(sigmas[-1], percent_to_sigma))
+    until = min(max((end for _, end in ranges), default=0.0), finish)
     chosen = _every(often, found, origin, until) if often else found
     planned = []
     guided_until = began
@@ -130,7 +130,7 @@ def make_plan(
         end = max(ranges[i][1] for i in active)
         if k + 1 < len(chosen):
             end = min(end, chosen[k + 1][1])
-        end = min(end, percent_of(sigmas[-1], percent_to_sigma))
+        end = min(end, finish)
         since = max(min(ranges[i][0] for i in active), guided_until)
         guided_until = max(end, guided_until)
         length = settings.strength * PATH_PER_TIME * max(end - min(since, percent), 0.0)

@@ -22,21 +22,19 @@ from torch import Tensor
 
 from ...comfy_host.bootstrap import REPOSITORY
 from ...comfy_host.loaded.gradient_scope import Graph
-from ...guidance import GuidanceSettings, Target
+from ...guidance import GuidanceSettings
 from ...heads import ReadoutHead
 from ..demo_world import load_world
 from ..evaluate import markdown
 from ..workflow import Executor, load_comfyui_nodes, load_extension, read_workflow, with_inputs
 from .frontier import measure_frontier, plot_frontier
 from .launches import launches_table
-from .models import SHAPES, Shape, random_conds, random_heads, random_model, with_controlnet, zero_latent
+from .models import SHAPES, Shape, random_conds, random_heads, random_model, random_target, with_controlnet, zero_latent
 from .operations import count_kept_bytes, operations_table
-from .timing import median_ratio, model_calls, whole_picture_ratio
+from .timing import EVERY_STEP, median_ratio, model_calls, whole_picture_ratio
 from .transformers import BIG, transformer_table
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
-
-EVERY_STEP = GuidanceSettings(interval=0.0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,15 +184,6 @@ def step_seconds(model: Any, way: Way, heads: list[ReadoutHead], conds: Any, lat
     """Seconds of each model call but the first and the last, of a run of STEPS steps with guidance in every one of them."""
     target = random_target(heads[: way.heads], latent, end_percent=1.0)
     return model_calls(model, target, way.settings, conds, latent, steps=STEPS, graph=way.graph)[1:-1]
-
-
-def random_target(heads: list[ReadoutHead], latent: Tensor, end_percent: float) -> Target | None:
-    """A target of each head, with one random control picture."""
-    picture = torch.rand(1, *latent.shape[-2:], 3, generator=torch.Generator().manual_seed(0))
-    target = None
-    for head in heads:
-        target = Target(head=head, image=picture, end_percent=end_percent, previous=target)
-    return target
 
 
 def _name(device: torch.device) -> str:

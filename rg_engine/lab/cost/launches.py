@@ -16,13 +16,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...guidance import GuidanceSettings, Target
-from .models import SD15, Shape, random_conds, random_heads, random_model, zero_latent
-from .timing import median_ratio, model_calls
+from .models import SD15, Shape, random_conds, random_heads, random_model, random_target, zero_latent
+from .timing import EVERY_STEP, median_ratio, model_calls
 
 #: SD1.5's layers, all of them, as narrow as their norms allow.
 TINY = Shape(config={**SD15, "model_channels": 32, "context_dim": 32, "num_heads": 4}, cells=8, projection=128)
 STEPS = 10  # of a run; a step is short enough that its move needs no second prediction
-EVERY_STEP = GuidanceSettings(interval=0.0)
 
 
 class Launches(TorchDispatchMode):
@@ -84,8 +83,7 @@ def launches_table(turns: int) -> list[dict[str, Any]]:
     model = random_model(TINY, torch.float32)
     conds = tuple(random_conds(model, TINY, seed) for seed in (1, 2))
     latent = zero_latent(TINY, 1)
-    (head,) = random_heads(model, TINY, 1)
-    target = Target(head=head, image=torch.rand(1, 8, 8, 3, generator=torch.Generator().manual_seed(0)), end_percent=1.0)
+    target = random_target(random_heads(model, TINY, 1), latent, end_percent=1.0)
     ways: dict[str, tuple[Target | None, GuidanceSettings]] = {
         "plain": (None, EVERY_STEP), "no move at this step": (target, GuidanceSettings(strength=0.0)),
         "fast": (target, EVERY_STEP), "reference": (target, GuidanceSettings(mode="reference")),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ...comfy_host.demo_model.unet import UNET_CONFIG, DemoModelConfig
 from ...comfy_host.loaded.model import backbone_of
+from ...guidance import Target
 from ...heads import ReadoutHead
 from ...training import new_head
 
@@ -85,6 +86,15 @@ def random_heads(model: Any, shape: Shape, count: int) -> list[ReadoutHead]:
         new_head("spatial", backbone_of(model), name=f"head {k}", output_channels=3, projection=shape.projection, seed=k)
         for k in range(count)
     ]
+
+
+def random_target(heads: list[ReadoutHead], latent: Tensor, end_percent: float) -> Target | None:
+    """A target of each head, with one random control picture."""
+    picture = torch.rand(1, *latent.shape[-2:], 3, generator=torch.Generator().manual_seed(0))
+    target = None
+    for head in heads:
+        target = Target(head=head, image=picture, end_percent=end_percent, previous=target)
+    return target
 
 
 def random_conds(model: Any, shape: Shape, seed: int) -> list:

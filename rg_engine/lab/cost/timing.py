@@ -20,6 +20,8 @@ from ..demo_world import demo_head, encoded
 
 KEY = "timing"
 TURNS = 2
+#: Guides in each step, however short.
+EVERY_STEP = GuidanceSettings(interval=0.0)
 PICTURES = 4
 
 

@@ -18,6 +18,7 @@ from ...comfy_host.loaded.frozen_layers import plain
 from ...comfy_host.loaded.model import input_scale
 from ...comfy_host.optimized.measured.decoding import Decoder
 from ...comfy_host.optimized.network import Network
+from ...guidance import rms_step
 from ...optimization import PictureLoss
 
 
@@ -64,8 +65,7 @@ class OneStepGuidance(comfy.samplers.Sampler):
                 denoised = network(leaf, level, **extra)
                 images = self._decoder(network.inner_model.process_latent_out(denoised))
                 (gradient,) = torch.autograd.grad(self._settings.loss(images, torch.Generator()).sum(), leaf)
-            rms = gradient.flatten(1).square().mean(-1).sqrt().clamp(min=1e-20)[:, None, None, None]
-            x = x - length / scale * gradient / rms
+            x = x + rms_step(gradient, length) / scale
         denoised = network(x, level, **extra)
         return x + (x - denoised) / sigma * (following - sigma)
 
