@@ -58,7 +58,7 @@ class OptimizeNoise(io.ComfyNode):
                 io.Int.Input("updates", default=20, min=0, max=10000, tooltip="Updates of the noise; 0 is KSampler."),
                 io.Float.Input(
                     "strength", default=1.0, min=0.0, max=100.0, step=0.05,
-                    tooltip="fast: 1 moves the noise by three tenths of its size in an update. reference: "
+                    tooltip="fast: 1 moves the noise by four tenths of its size in an update. reference: "
                     "multiplies the authors' step. 0 is KSampler.",
                 ),
                 io.Combo.Input(
@@ -103,6 +103,11 @@ class OptimizeNoise(io.ComfyNode):
                     "nesterov", default=False, optional=True,
                     tooltip="fast: momentum that looks a step ahead, as ReNO has it. Slower on the demo world.",
                 ),
+                io.Combo.Input(
+                    "noises", options=["first", "all"], default="first", optional=True,
+                    tooltip="first: the noise that sampling begins from. all: also each noise that a sampler such as "
+                    "euler_ancestral or lcm draws on its way (DNO); the picture then comes from all of them together.",
+                ),
             ],
             outputs=[
                 io.Latent.Output("LATENT", tooltip="The best picture, finished: to VAE Decode."),
@@ -117,7 +122,7 @@ class OptimizeNoise(io.ComfyNode):
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, vae, loss=None,
         updates=20, strength=1.0, mode="fast", target=None, couple="none", keep_norm=True, noise=0.0, clip=0.001,
-        loss_scale=1.0, preset=OWN, noise_like="white", nesterov=False,
+        loss_scale=1.0, preset=OWN, noise_like="white", nesterov=False, noises="first",
     ) -> io.NodeOutput:  # fmt: skip
         own: dict[str, Any] = {}  # the authors' rule has none of it
         if mode == "fast":
@@ -131,7 +136,7 @@ class OptimizeNoise(io.ComfyNode):
         done = optimize_noise(
             model, vae, loss, target, settings, updates=updates, coupled=couple == "edict", seed=seed, steps=steps, cfg=cfg,
             sampler_name=sampler_name, scheduler=scheduler, positive=positive, negative=negative, latent=latent_image,
-            denoise=denoise,
+            denoise=denoise, noises=noises,
         )  # fmt: skip
         return io.NodeOutput(done.latent, done.noise, done.history, done.losses, done.plot)
 

@@ -9,12 +9,18 @@ import torch
 from comfyui_host import engine
 from torch import Tensor, nn
 
+#: ComfyUI's samplers that draw noise on their way, of those that are optimized through.
+STOCHASTIC = (
+    "euler_ancestral", "dpm_2_ancestral", "dpmpp_2s_ancestral", "dpmpp_sde", "dpmpp_2m_sde", "dpmpp_3m_sde", "ddpm", "lcm",
+    "er_sde", "seeds_2", "seeds_3", "sa_solver",
+)  # fmt: skip
+
 
 def along(
     model: Any, positive: Any, negative: Any, work: Callable[[Any, Any], Any], *, cfg: float = 3.0, steps: int = 5,
     sampler: str = "euler", scheduler: str = "normal", seed: int = 1, latent: Tensor | None = None, graph: str = "full",
     mask: Tensor | None = None, coupled: bool = False, sigmas: Tensor | None = None, noise: Tensor | None = None,
-    shape: tuple[int, ...] = (1, 4, 16, 16), denoise: float = 1.0,
+    shape: tuple[int, ...] = (1, 4, 16, 16), denoise: float = 1.0, noises: str = "first",
 ) -> Any:  # fmt: skip
     """``work(trajectory, network)``'s result, inside of a sampling run of ComfyUI's."""
     import comfy.sample
@@ -33,7 +39,7 @@ def along(
                 )
                 way = optimized.Trajectory(
                     network, sampler, sigmas, extra_args, noise, latent_image=latent_image, denoise_mask=denoise_mask,
-                    coupled=coupled,
+                    coupled=coupled, noises=noises,
                 )  # fmt: skip
                 self.result = work(way, network)
             return noise
@@ -50,7 +56,7 @@ def along(
 
 def gradient_of(way: Any, loss: Callable[[Tensor], Tensor], u: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The loss of what a trajectory ends in, and its gradient."""
-    leaf = (way.start[None] if u is None else u).detach().clone().requires_grad_()
+    leaf = (way.start if u is None else u).detach().clone().requires_grad_()
     with torch.enable_grad():
         value = loss(way(leaf))
     return value.detach(), torch.autograd.grad(value, leaf)[0]

@@ -23,7 +23,7 @@ from .noise_like import Keep, Keeper
 Mode = Literal["fast", "reference"]
 #: RMS of a fast update without momentum, at strength 1; white noise has 1. What won on the demo world:
 #: docs/optimize_noise.md.
-LENGTH = 0.3
+LENGTH = 0.4
 #: What the authors' code makes of the gradient.
 HALF = 0.5
 
@@ -54,16 +54,18 @@ class UpdateSettings:
 
 
 class Updater:
-    """The latent z (P, B, C, H, W) of P = 2 coupled latents or a single one of B pictures, from update to update."""
+    """The latent z (P, B, C, H, W) of B pictures, from update to update: P = 2 coupled latents, a single one, or, not tied,
+    all the noises that make a picture."""
 
     def __init__(self, z: Tensor, settings: UpdateSettings, like: Tensor | None = None) -> None:
-        """like: what z is kept like, z itself unless told; of a pair the first of both."""
+        """like: what z is kept like, each of it like itself unless told; of a pair the first of both."""
         self.settings = settings
-        self._keep = Keeper((z if like is None else like)[:1], settings.keep)
+        self._keep = Keeper(z if like is None else like[:1], settings.keep)
         self._velocity: Tensor | None = None
 
     def __call__(self, z: Tensor, gradient: Tensor, noise: Tensor | None = None) -> Tensor:
-        """z after an update. noise: what to perturb by, (B, C, H, W) of RMS 1, the same for both of a pair.
+        """z after an update. noise: what to perturb by, of RMS 1, (P, B, C, H, W) or (B, C, H, W), the same for both of
+        a pair.
 
         A picture whose gradient is not finite does not move, and its momentum stays.
         """

@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_host import engine, node
 from doodl_kit import Kit, comfyui_model, relative
-from optimized_runs import StandInVAE, along, gradient_of
+from optimized_runs import STOCHASTIC, StandInVAE, along, gradient_of
 from small_models import patcher
 
 
@@ -90,6 +90,28 @@ def test_the_authors_run_through_the_node(small, monkeypatch, run, couple):
 )
 def test_without_updates_the_picture_is_ksamplers_to_the_last_bit(small, given, nothing):
     assert torch.equal(small.optimize(**given, **nothing).latent["samples"], small.plain(**given))
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_all_noises_are_those_that_ksampler_draws(small, sampler):
+    for scheduler, steps in (("karras", 5), ("sgm_uniform", 2)):
+        given = {"sampler_name": sampler, "scheduler": scheduler, "steps": steps}
+        assert torch.equal(small.optimize(**given, noises="all", updates=0).latent["samples"], small.plain(**given))
+
+
+def test_all_noises_move_and_keep_their_power(small, monkeypatch, caplog):
+    seen = []
+    trajectory = engine("comfy_host.optimized.trajectory").Trajectory
+    call = trajectory.__call__
+    monkeypatch.setattr(trajectory, "__call__", lambda way, u: (seen.append(u.detach().clone()), call(way, u))[1])
+    with caplog.at_level("INFO", logger="readout_guidance"):
+        done = small.optimize(sampler_name="euler_ancestral", noises="all", noise_like="norm", strength=0.15, updates=4)
+    assert min(done.losses) < 0.99 * done.losses[0]
+    assert "all 4 noises were optimized, and the output noise is the first" in caplog.text
+    first, last = seen[0].flatten(2), seen[-1].flatten(2)
+    assert len(first) == 4  # the last of 4 steps draws none
+    torch.testing.assert_close(first.norm(dim=-1), last.norm(dim=-1), rtol=1e-4, atol=0)
+    assert ((first - last).norm(dim=-1) > 1e-3 * first.norm(dim=-1)).all()
 
 
 MODES = [

@@ -241,7 +241,7 @@ def test_a_readouts_gradient_in_half_precision(demo):
     backbone = engine("comfy_host.loaded.model").backbone_of(demo.model)
 
     def work(way, network):
-        read = finished(network, demo.model.model_options, (target,), backbone, torch.zeros_like(way.start) + 0.1)
+        read = finished(network, demo.model.model_options, (target,), backbone, torch.zeros_like(way.start[0]) + 0.1)
         return gradient_of(way, lambda ends: 1e-4 * read(ends[0]).sum())[1].flatten().double()
 
     prompts = demo.inputs["positive"], demo.inputs["negative"]

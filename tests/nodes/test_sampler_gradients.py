@@ -8,7 +8,7 @@ import pytest
 import torch
 from comfyui_host import engine
 from doodl_kit import Kit, comfyui_model, relative
-from optimized_runs import along, gradient_of, slope_error
+from optimized_runs import STOCHASTIC, along, gradient_of, slope_error
 from small_models import patcher
 
 NEAR = 2e-3  # fp32, central differences
@@ -38,10 +38,9 @@ def off(small, *, shape=(1, 4, 16, 16), step=0.03, **settings) -> float:
         def loss(ends):
             return (ends * where).sum() / where.norm()
 
-        start = torch.stack([way.start] * (2 if settings.get("coupled") else 1))
-        value, gradient = gradient_of(way, loss, start)
+        value, gradient = gradient_of(way, loss)
         assert torch.isfinite(value)
-        return slope_error(lambda u: loss(way(u)), start, gradient, step)
+        return slope_error(lambda u: loss(way(u)), way.start, gradient, step)
 
     return along(small.model, *small.prompts, work, shape=shape, **settings)
 
@@ -61,6 +60,11 @@ RIGHT = (
 def test_a_sampler_that_is_offered(small, sampler):
     assert sampler in offered()
     assert off(small, sampler=sampler) < NEAR
+
+
+def test_those_that_draw_noise_are_known(comfyui):
+    samplers, drawn = engine("comfy_host.optimized.samplers"), engine("comfy_host.optimized.drawn_noise")
+    assert sorted(STOCHASTIC) == sorted(name for name in offered() if drawn.draws(samplers.differentiable(name)))
 
 
 def test_all_that_are_offered_are_tested(comfyui):
@@ -99,6 +103,11 @@ def test_coupled_latents(small):
 @pytest.mark.parametrize("graph", ["full", "light"])
 def test_either_graph(small, graph):
     assert off(small, graph=graph) < NEAR
+
+
+@pytest.mark.parametrize("sampler", STOCHASTIC)
+def test_all_noises_of_a_stochastic_sampler(small, sampler):
+    assert off(small, sampler=sampler, noises="all") < NEAR
 
 
 def test_a_batch_without_cfg(small):
@@ -145,7 +154,7 @@ def test_the_authors_gradient_through_comfyuis_own_euler(small):
     seen = {"latent": lambda z: z, "pixels": lambda z: (small.images(z) / 2 + 0.5).clamp(0, 1)}
 
     def work(way, _network):
-        torch.testing.assert_close(way.start, z, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(way.start[0], z, rtol=1e-5, atol=1e-6)
         found = {}
         for name, function in seen.items():
             wanted = function(small("target.latent"))

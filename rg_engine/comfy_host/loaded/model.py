@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from ...errors import BackboneError
 from ...features import Backbone, check_head_fits, detect_backbone
 from ...heads import ReadoutHead
+from .frozen_layers import plain
 
 
 def backbone_of(model: Any) -> Backbone:
@@ -55,6 +57,13 @@ def input_scale(model: Any, sigma: Tensor, x: Tensor) -> Tensor:
     """z / x at this noise level, (B, 1, 1, 1), or with as many axes as x has: what the network's input is multiplied by."""
     ones = torch.ones_like(x.flatten(1)[:, :1]).view(-1, *[1] * (x.ndim - 1))
     return model.model_sampling.calculate_input(sigma.expand(x.shape[0]), ones)
+
+
+def latent_out(model: Any, latent: Tensor) -> Tensor:
+    """A BaseModel's latent in the VAE's scale, differentiable: a format's own tensors may be of inference mode."""
+    scale = copy.copy(model.latent_format)
+    vars(scale).update(plain(vars(scale)))
+    return scale.process_out(latent)
 
 
 @contextlib.contextmanager

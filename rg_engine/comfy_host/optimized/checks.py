@@ -32,8 +32,10 @@ def check_inputs(model: Any, vae: Any, loss: PictureLoss | None, targets: tuple[
             "the model is guided by Apply Readout Guidance, which moves the latent by itself while it is sampled: connect "
             "the model without it and its target to target, or send the noise that comes out to a guided sampler"
         )
-    if samples.ndim != 4:
-        raise OptimizationError(f"the latent has {samples.ndim - 2} dimensions: only pictures are optimized, no video or 3D")
+    if samples.ndim not in (4, 5) or samples.shape[2:-2] not in ((), (1,)):
+        raise OptimizationError(
+            f"the latent is {tuple(samples.shape)}: only pictures are optimized, no video of several frames, sound or 3D"
+        )
     channels = getattr(vae, "latent_channels", samples.shape[1])
     if channels != samples.shape[1]:
         raise OptimizationError(
@@ -41,8 +43,10 @@ def check_inputs(model: Any, vae: Any, loss: PictureLoss | None, targets: tuple[
         )
 
 
-def check_latent(masked: bool, inverted: bool, denoise: float, coupled: bool) -> None:
+def check_latent(masked: bool, inverted: bool, denoise: float, coupled: bool, all_noises: bool) -> None:
     """Raises OptimizationError where only a part of what is asked for could be done."""
+    if coupled and all_noises:
+        raise OptimizationError("coupled latents (edict) are sampled without noise on the way: set noises to first")
     if coupled and masked:
         raise OptimizationError("coupled latents (edict) know no noise mask: remove it, or set couple to none")
     if inverted and (masked or denoise < 1.0):

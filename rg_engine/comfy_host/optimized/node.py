@@ -27,6 +27,7 @@ from .measured.decoding import Decoder
 from .network import KEY
 from .optimizer import Job, Optimization, Seen
 from .samplers import check_sampler
+from .trajectory import Noises
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,7 +46,7 @@ class Optimized:
 def optimize_noise(
     model: Any, vae: Any, loss: PictureLoss | None, target: Target | None, settings: UpdateSettings, *, updates: int,
     coupled: bool, seed: int, steps: int, cfg: float, sampler_name: str, scheduler: str, positive: Any, negative: Any,
-    latent: dict[str, Any], denoise: float, watch: Callable[[Seen], None] = lambda seen: None,
+    latent: dict[str, Any], denoise: float, noises: Noises = "first", watch: Callable[[Seen], None] = lambda seen: None,
 ) -> Optimized:  # fmt: skip
     """Sample as KSampler does, again and again, and move the noise so that the loss of the finished picture falls.
 
@@ -58,7 +59,7 @@ def optimize_noise(
     targets = tuple(each for each in chain(target) if each.weight > 0)
     samples = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
     check_inputs(model, vae, loss, targets, samples)
-    check_latent("noise_mask" in latent, inverted is not None, denoise, coupled)
+    check_latent("noise_mask" in latent, inverted is not None, denoise, coupled, noises == "all")
     noise = torch.zeros_like(samples, device="cpu")
     if inverted is None:
         noise = comfy.sample.prepare_noise(samples, seed, latent.get("batch_index"))
@@ -76,11 +77,13 @@ def optimize_noise(
     for each in targets:
         each.check_batch(len(samples))
     room = _Room(model)
+    if noises == "all":  # each goes its own way
+        settings = dataclasses.replace(settings, tied=False)
     if settings.strength == 0:
         updates = 0
     job = Job(
         settings=settings, updates=updates, decoder=Decoder(vae), loss=loss, targets=targets, backbone=backbone,
-        sampler_name=sampler_name, coupled=coupled, inverted=inverted is not None, seed=seed,
+        sampler_name=sampler_name, coupled=coupled, inverted=inverted is not None, noises=noises, seed=seed,
         graph=room.graph_for(samples.shape), memory=room.bytes(samples.shape),
     )  # fmt: skip
     history = History(updates, len(sampler.sigmas) - 1)
@@ -150,6 +153,8 @@ def _report(run: Optimization, history: History, updates: int) -> None:
         before, after = run.noise
         words += f"; noise: rms {before['rms']:.3f} -> {after['rms']:.3f}, neighbours' correlation {after['neighbours']:.3f}"
     warnings = []
+    if run.noises > 1 and updates:
+        words += f"; all {run.noises} noises were optimized, and the output noise is the first alone: another picture"
     if run.interrupted:
         warnings.append(
             f"interrupted after {len(losses)} of {updates + 1} pictures: the best one goes on; interrupt again to stop what "

@@ -15,13 +15,15 @@ from torch import Tensor
 from ...errors import OptimizationError
 from ...features import Backbone
 from ...guidance import Target
+from ...guidance.pictures import spread
 from ...optimization import PictureLoss, Updater, UpdateSettings, statistics
 from ..loaded.frozen_layers import plain
 from ..loaded.gradient_scope import Graph
+from ..loaded.model import latent_out
 from .measured.decoding import Decoder
 from .measured.finished_readout import FinishedReadout
 from .network import Network
-from .trajectory import Trajectory
+from .trajectory import Noises, Trajectory
 
 log = logging.getLogger("readout_guidance")
 #: So many updates in a row without a usable gradient end the optimization.
@@ -41,6 +43,7 @@ class Job:
     sampler_name: str = "euler"
     coupled: bool = False
     inverted: bool = False
+    noises: Noises = "first"
     seed: int = 0
     graph: Graph = "full"
     memory: float = 0.0  # bytes of a model call with a graph
@@ -59,7 +62,7 @@ class Seen:
 
 class Optimization(comfy.samplers.Sampler):
     """A 'sampler' whose result is the best finished latent. After it: interrupted; stopped, why it ended early; noise,
-    statistics of the first latent before and after.
+    statistics of the first latent before and after; noises, how many are optimized.
 
     report is told of each picture, tick of each step of the schedule (picture, step).
     """
@@ -70,6 +73,7 @@ class Optimization(comfy.samplers.Sampler):
         self.interrupted = False
         self.stopped = ""
         self.noise: list[dict[str, float]] = []
+        self.noises = 1
         self._made = 0
 
     def first_latent(self) -> Tensor:
@@ -98,12 +102,13 @@ class Optimization(comfy.samplers.Sampler):
         network = Network(guider, extra_args["model_options"], job.graph, 2 * steps, job.memory)
         way = Trajectory(
             network, job.sampler_name, sigmas, extra_args, noise, latent_image=latent, denoise_mask=mask,
-            coupled=job.coupled, inverted=job.inverted, tick=lambda step: self._tick(self._made, step),
+            coupled=job.coupled, inverted=job.inverted, noises=job.noises, tick=lambda step: self._tick(self._made, step),
         )  # fmt: skip
         readout = self._readout(network, extra_args["model_options"], noise) if job.targets else None
-        u = torch.stack([way.start] * (2 if job.coupled else 1))
+        u = way.start
+        self.noises = len(u) if job.noises == "all" else 1
         updater, best, unusable = Updater(u, job.settings), _Best(), 0
-        self.noise = [statistics(way.start)]
+        self.noise = [statistics(u[0])]
         try:
             for m in range(job.updates + 1):
                 self._made = m
@@ -116,15 +121,15 @@ class Optimization(comfy.samplers.Sampler):
                 if unusable == PATIENCE:
                     self.stopped = f"the gradient was not finite {PATIENCE} times in a row"
                     break
-                u = updater(u, gradient, self._perturbation(m, noise))
+                u = updater(u, gradient, self._perturbation(m, u if job.noises == "all" else u[0]))
         except comfy.model_management.InterruptProcessingException:
             if best.ends is None:
                 raise
             self.interrupted = True
         assert best.ends is not None
         assert best.u is not None
-        self._first = guider.inner_model.process_latent_out(way.first(best.u))
-        self.noise.append(statistics(best.u))
+        self._first = guider.inner_model.process_latent_out(way.first(best.u[0]))
+        self.noise.append(statistics(best.u[0]))
         return best.ends
 
     def _picture(
@@ -134,16 +139,16 @@ class Optimization(comfy.samplers.Sampler):
         last = m == self._job.updates
         leaf = u.detach().clone().requires_grad_(not last)
         with torch.set_grad_enabled(not last):
-            ends = way(leaf)  # (P, B, C, h, w)
+            ends = way(leaf)  # (1 or 2, B, C, h, w)
             if not last and not ends.requires_grad:
                 raise OptimizationError(
                     f"the sampler {self._job.sampler_name!r} gave no gradient in this ComfyUI: use euler, or another one"
                 )
             measured = [self._measure(end, readout, m, guider) for end in ends]
-            losses = torch.stack([each for each, _ in measured])  # (P, B)
+            losses = torch.stack([each for each, _ in measured])  # (1 or 2, B)
             total = losses.sum()
         row = losses.detach().mean(0)
-        taken = best.take(row, ends.detach()[0], u[0])
+        taken = best.take(row, ends.detach()[0], u)
         self._report(Seen(update=m, losses=row.cpu(), images=measured[0][1].detach(), best=taken))
         if last:
             return None
@@ -160,7 +165,7 @@ class Optimization(comfy.samplers.Sampler):
     def _measure(self, end: Tensor, readout: FinishedReadout | None, m: int, guider: Any) -> tuple[Tensor, Tensor]:
         """The loss (B,) and the images of finished latents in the model's scale."""
         job = self._job
-        images = job.decoder(guider.inner_model.process_latent_out(end))
+        images = job.decoder(latent_out(guider.inner_model, end))
         losses = images.new_zeros(len(images))
         if job.loss is not None:
             losses = losses + job.loss(images, torch.Generator().manual_seed((job.seed + m) % 2**63))
@@ -182,7 +187,7 @@ class Optimization(comfy.samplers.Sampler):
 
 
 class _Best:
-    """The best of each row so far: ends, finished latents; u, what they are of."""
+    """The best of each row so far: ends, finished latents; u (P, B, C, H, W), what they are of."""
 
     def __init__(self) -> None:
         self.ends: Tensor | None = None
@@ -195,7 +200,7 @@ class _Best:
             self._losses, self.ends, self.u = losses, ends, u.detach()
             return torch.ones_like(losses, dtype=torch.bool).cpu()
         better = (losses < self._losses) | ~torch.isfinite(self._losses)
-        where = better[:, None, None, None]
         self._losses = torch.where(better, losses, self._losses)
-        self.ends, self.u = torch.where(where, ends, self.ends), torch.where(where, u.detach(), self.u)
+        self.ends = torch.where(spread(better, ends), ends, self.ends)
+        self.u = torch.where(spread(better, u[0]), u.detach(), self.u)
         return better.cpu()

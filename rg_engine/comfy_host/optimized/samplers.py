@@ -8,6 +8,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+import comfy.k_diffusion.sampling
+import comfy.model_sampling
 import comfy.samplers
 
 from ...errors import OptimizationError
@@ -41,8 +43,14 @@ def check_sampler(name: str, coupled: bool) -> None:
         raise OptimizationError(f"the sampler {name!r} can't be optimized through: {why}. Use one of {', '.join(RIGHT)}")
 
 
-def differentiable(name: str) -> Any:
-    """ComfyUI's sampler of a name, whose function is not held under ``no_grad``."""
+def differentiable(name: str, model_sampling: Any = None) -> Any:
+    """ComfyUI's sampler of a name, whose function is not held under ``no_grad``.
+
+    Ancestral samplers go on, for flow models, in a function of their own, which is: that one is taken at once.
+    """
     sampler = comfy.samplers.sampler_object(name)
-    sampler.sampler_function = inspect.unwrap(sampler.sampler_function)
+    function = sampler.sampler_function
+    if isinstance(model_sampling, comfy.model_sampling.CONST):
+        function = getattr(comfy.k_diffusion.sampling, f"sample_{name}_RF", function)
+    sampler.sampler_function = inspect.unwrap(function)
     return sampler

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ...comfy_host.optimized.node import Optimized, optimize_noise
 from ...comfy_host.optimized.optimizer import Seen
+from ...comfy_host.optimized.trajectory import Noises
 from ...demo.measure import mean_and_error
 from ...guidance import GuidanceSettings
 from ...optimization import UpdateSettings
@@ -29,6 +30,8 @@ COST_CFGS = (1.0, 3.0)
 UPDATES = (5, 10, 25, 50)
 #: What an update takes, in pictures made without a gradient.
 PICTURES_AN_UPDATE = 4
+#: The sampler whose noises on the way are optimized too, or not.
+STOCHASTIC = "euler_ancestral"
 #: Of one-step guidance: of 1, 3 and 8 in a trial the one with the least error; 20 wrecked pictures.
 PATH = 8.0
 #: A way's name, its updates or as many network calls, pictures (n, H, W, 3), and seconds of the processor.
@@ -81,9 +84,9 @@ def doodl_cost_table(world: World) -> list[dict[str, Any]]:
 
 
 def _ways(world: World, aim: Aim) -> Iterator[Made]:
-    pictures, _, seconds = _run(world, aim, 0, seed=SEED)
-    yield "optimized", 0, pictures, seconds
     yield from _optimized(world, aim)
+    for noises in ("first", "all"):
+        yield from _optimized(world, aim, STOCHASTIC, noises)
     yield from _best_of(world, aim)
     if aim.loss is not None:
         for moves in UPDATES:
@@ -103,7 +106,7 @@ def _guided(world: World, aim: Aim) -> Iterator[Made]:
         yield "guided on the way", iterations, made, time.process_time() - began
 
 
-def _optimized(world: World, aim: Aim) -> Iterator[Made]:
+def _optimized(world: World, aim: Aim, sampler_name: str = "euler", noises: Noises = "first") -> Iterator[Made]:
     began = time.process_time()
     found: list[tuple[Tensor, float]] = []
 
@@ -112,9 +115,10 @@ def _optimized(world: World, aim: Aim) -> Iterator[Made]:
         better = seen.best[:, None, None, None]
         found.append((torch.where(better, images, found[-1][0]) if found else images, time.process_time() - began))
 
-    _run(world, aim, UPDATES[-1], seed=SEED, watch=watch)
-    for updates in UPDATES:
-        yield "optimized", updates, *found[updates]
+    _run(world, aim, UPDATES[-1], seed=SEED, watch=watch, sampler_name=sampler_name, noises=noises)
+    way = "optimized" if sampler_name == "euler" else f"optimized, {sampler_name}, noises {noises}"
+    for updates in (0, *UPDATES):
+        yield way, updates, *found[updates]
 
 
 def _best_of(world: World, aim: Aim) -> Iterator[Made]:
@@ -142,7 +146,7 @@ def one_step(world: World, aim: Aim, settings: OneStep) -> tuple[Tensor, float]:
 
 def _run(
     world: World, aim: Aim, updates: int, *, seed: int, steps: int = STEPS, cfg: float = CFG,
-    watch: Callable[[Seen], None] = lambda seen: None,
+    sampler_name: str = "euler", noises: Noises = "first", watch: Callable[[Seen], None] = lambda seen: None,
 ) -> tuple[Tensor, Tensor, float]:  # fmt: skip
     """Finished pictures (n, H, W, 3) in 0..1, the losses that they were chosen by (n,), and seconds of the processor, which
     other programs do not change."""
@@ -150,9 +154,9 @@ def _run(
     with torch.inference_mode():
         done: Optimized = optimize_noise(
             world.model, world.vae, aim.loss, aim.target, UpdateSettings(momentum=0.0, keep="white"), updates=updates,
-            coupled=False, seed=seed, steps=steps, cfg=cfg, sampler_name="euler", scheduler="normal",
-            positive=encoded(world.clip, aim.prompts), negative=encoded(world.clip, [""]),
-            latent=_empty(len(aim.prompts)), denoise=1.0, watch=watch,
+            coupled=False, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name,
+            scheduler="normal", positive=encoded(world.clip, aim.prompts), negative=encoded(world.clip, [""]),
+            latent=_empty(len(aim.prompts)), denoise=1.0, noises=noises, watch=watch,
         )  # fmt: skip
         pictures = world.vae.decode(done.latent["samples"]).clamp(0, 1).cpu()
     return pictures, done.best, time.process_time() - began

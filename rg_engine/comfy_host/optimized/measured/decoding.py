@@ -34,13 +34,16 @@ class Decoder:
         self._scope = GradientScope(vae.first_stage_model, self._graph)
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """Latents (B, C, h, w) as the VAE takes them to pictures (B, 3, H, W) in -1..1, not clamped, fp32."""
+        """Latents (B, C, h, w) or (B, C, 1, h, w) in its scale to pictures (B, 3, H, W) in -1..1, not clamped, fp32."""
         stage = Stage(self._decode, self._scoped, ready=lambda: self._load(latents[:1].shape), lighten=self._lighten)
         return torch.cat([stage(row) for row in latents.split(1)])
 
     def _decode(self, latent: Tensor) -> Tensor:
         vae = self._vae
+        frames = getattr(vae, "latent_dim", 2) == 3  # of a model that makes videos too
+        latent = latent if latent.ndim == 4 + frames else latent.unsqueeze(2) if frames else latent.squeeze(2)
         images = vae.first_stage_model.decode(latent.to(vae.vae_dtype).to(vae.device)).float()
+        images = images[:, :, 0] if images.ndim == 5 and images.shape[2] == 1 else images
         if images.ndim != 4 or images.shape[1] != 3:
             raise OptimizationError(
                 f"the vae makes {tuple(images.shape[1:])} of a latent, and losses are of pictures (3, height, width): "

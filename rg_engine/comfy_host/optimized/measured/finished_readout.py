@@ -28,9 +28,10 @@ LIMITS = ("area", "mask", "timestep_start", "timestep_end")
 
 
 class FinishedReadout:
-    """The loss of a chain of targets, of finished latents (B, C, h, w) in the model's scale, (B,).
+    """The loss of a chain of targets, of finished latents (B, C, h, w), or (B, C, 1, h, w), in the model's scale, (B,).
 
-    Drags, and appearance without a reference, start from the first picture that it is asked about.
+    Drags, and appearance without a reference, start from the first picture that it is asked about. Losses that are measured
+    in the extent of z take that picture's throughout, so that this is a function of the latents with the gradient it says.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class FinishedReadout:
         )
         self._heads = [target.head for target in targets]
         self._source: SourceStep | None = None
+        self._z: Tensor | None = None  # the first picture's, noised
         sampling = network.inner_model.model_sampling
         sigma = float(sampling.percent_to_sigma(1.0 - NOISE_PERCENT))
         self._sigma = torch.full((len(noise),), sigma, device=noise.device)
@@ -75,7 +77,9 @@ class FinishedReadout:
         objective, network = self._objective, self._network
         network.load()
         with torch.inference_mode(), heads_on(self._heads, latents.device):
-            first = objective.source_step(self._branch(latents))
+            branch = self._branch(latents)
+            self._z = branch.z
+            first = objective.source_step(branch)
             readouts = dict(first.readouts)
             for i, target in enumerate(objective.targets):
                 if target.needs_reference and target.reference_latent is not None:
@@ -95,8 +99,7 @@ class FinishedReadout:
                 found.append(tap.take())
             return out
 
-        level = self._sigma.view(-1, 1, 1, 1)
-        x = model.model_sampling.noise_scaling(level, self._noise, latents, False)
+        x = model.model_sampling.noise_scaling(spread(self._sigma, latents), self._noise, latents, False)
         options = comfy.model_patcher.create_model_options_clone(self._options)
         if torch.is_grad_enabled():
             options = self._network.with_graph(options)
@@ -105,6 +108,6 @@ class FinishedReadout:
         comfy.samplers.calc_cond_batch(model, [[prompt]], x, self._sigma, options)
         features, emb = found[0]
         scale = input_scale(model, self._sigma, x)
-        z = x.detach() * scale
+        z = self._z if self._z is not None else x.detach() * scale
         level = self._sigma * scale.view(-1)
         return Branch(features=features, emb=self._backbone.emb(emb, level), z=z, noise_level=level, percent=1.0)
