@@ -31,6 +31,7 @@ from ..loaded.model import heads_on, tapped_for
 from ..loaded.random_state import random_state_kept
 from .attention import check_attention
 from .frame import Frame, FramedModel, framed
+from .kept_prompt import KeptPrompt
 from .progress import RunProgress
 from .report import Repetitions, report_empty_plan, report_run, report_start
 from .run import ModelCall, Options, Run
@@ -188,6 +189,8 @@ class ModelGuidance:
                 """One pass, in a frame of its own."""
                 run.steps = steps = SamplerSteps(run.plan, run.sigmas)
                 run.frame = frame = Frame(noise.shape)
+                keeps = self.settings.keep_negative if self.settings.mode != "reference" else 0
+                run.kept_prompt = KeptPrompt(keeps, noise.shape) if keeps else None
 
                 def report(step: int, x0: Tensor, x: Tensor, total: int) -> None:
                     steps.finished_step()
@@ -233,7 +236,8 @@ class ModelGuidance:
         ready = run is not None and run.steps is not None and run.noise is not None and x.shape == run.noise.shape
         planned = run.steps.planned(timestep.flatten()[0]) if ready and run is not None and run.steps is not None else None
         if run is None or planned is None:
-            return predict(options, x)
+            kept = None if run is None or not ready or run.recording else run.kept_prompt
+            return predict(options if kept is None else kept.install(options, guided=False), x)
         step = source_step if run.recording else reference_step if run.settings.mode == "reference" else one_pass_step
         return step(run, planned, ModelCall(executor.class_obj, x, timestep, options, predict))
 

@@ -23,6 +23,7 @@ from ..loaded.model import input_scale
 from .branches import KEY as READER
 from .branches import PROMPTS, BranchReader
 from .frame import Frame
+from .kept_prompt import KeptPrompt
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 
@@ -48,6 +49,7 @@ class Run:
     steps: SamplerSteps | None = None
     frame: Frame | None = None
     scope: GradientScope | None = None
+    kept_prompt: KeptPrompt | None = None
     recording: bool = False  # the source pass is under way
     source: SourcePass = dataclasses.field(default_factory=SourcePass)
     references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
@@ -75,7 +77,10 @@ class Run:
 
     def reader(self, x: Tensor, planned: PlannedStep, **settings: Any) -> BranchReader:
         assert self.objective is not None
-        return BranchReader(self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, **settings)
+        steps = 1 if self.settings.mode == "reference" else self.settings.feature_steps
+        return BranchReader(
+            self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, feature_steps=steps, **settings
+        )
 
     def move(self, move: Tensor) -> None:
         assert self.frame is not None
