@@ -31,10 +31,9 @@ from ..loaded.model import heads_on, tapped_for
 from ..loaded.random_state import random_state_kept
 from .attention import check_attention
 from .frame import Frame, FramedModel, framed
-from .kept_prompt import KeptPrompt
 from .progress import RunProgress
 from .report import Repetitions, report_empty_plan, report_run, report_start
-from .run import ModelCall, Options, Run
+from .run import KeptPrompt, ModelCall, Options, Run
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePasses, fingerprint
 from .step import KEY, one_pass_step, reference_step, source_step
