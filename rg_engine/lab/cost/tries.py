@@ -43,6 +43,7 @@ class Try:
 
     settings: GuidanceSettings | None = dataclasses.field(default_factory=GuidanceSettings)
     end_percent: float = 0.5
+    steps: int = STEPS
     direction: Direction | None = None
     length: Length | None = None
 
@@ -89,8 +90,8 @@ def sloped(first: float, last: float) -> Length:
 
 
 def _settings(**given: Any) -> Try:
-    end = given.pop("end_percent", 0.5)
-    return Try(settings=GuidanceSettings(**given), end_percent=end)
+    end, steps = given.pop("end_percent", 0.5), given.pop("steps", STEPS)
+    return Try(settings=GuidanceSettings(**given), end_percent=end, steps=steps)
 
 
 BASE = "fast (default)"
@@ -114,12 +115,19 @@ TRIES = {
     "five moves to 0.7": _settings(interval=0.14, end_percent=0.7),
     "ten moves to 0.7": _settings(interval=0.07, end_percent=0.7),
     "negative prompt kept": _settings(keep_negative=1),
+    "feature target, 4 steps; kept": _settings(feature_steps=4, keep_negative=1),
     "feature target, 6 steps; kept": _settings(feature_steps=6, keep_negative=1),
     "feature target, 6 steps; kept; seven moves to 0.7": _settings(feature_steps=6, keep_negative=1, end_percent=0.7),
     "feature target, 4 steps; kept; 2 iterations": _settings(feature_steps=4, keep_negative=2, iterations=2),
+    "feature target, 4 steps; kept; ten moves to 0.6": _settings(
+        feature_steps=4, keep_negative=2, interval=0.06, end_percent=0.6
+    ),
     "feature target, 4 steps; kept; ten moves to 0.7": _settings(
         feature_steps=4, keep_negative=2, interval=0.07, end_percent=0.7
     ),
+    "8 steps": _settings(steps=8),
+    "8 steps; feature target, 4 steps": _settings(steps=8, feature_steps=4),
+    "8 steps; negative prompt kept": _settings(steps=8, keep_negative=1),
 }
 
 
@@ -137,10 +145,10 @@ def measure_tries(
     for name in heads:
         recipe, head = demo_recipe(name), demo_head(name)
         for way, row in rows.items():
-            errors = []
-            with _tried(tries[way]) as moving, _counted(world, head, row.passes) as seen:
-                target = functools.partial(_ending, tries[way].end_percent)
-                for made in steer(seen, recipe, head, {way: Way(settings=tries[way].settings)}, target):
+            errors, idea = [], tries[way]
+            with _tried(idea) as moving, _counted(world, head, row.passes) as seen:
+                target = functools.partial(_ending, idea.end_percent)
+                for made in steer(seen, recipe, head, {way: Way(settings=idea.settings, steps=idea.steps)}, target):
                     scores = scene_scores(world, recipe, made)
                     errors.append(1 - scores["iou"] if "iou" in scores else scores["error"])
                     asked = read_caption(made.prompt)
@@ -148,7 +156,7 @@ def measure_tries(
                     moving.clear()
             row.errors[name] = np.concatenate(errors)
     base, pictures = next(iter(rows.values())), world.pictures * len(heads)
-    return [row.told(way, base, pictures, counted, _feature_steps(tries[way])) for way, row in rows.items()]
+    return [row.told(way, base, pictures, counted, tries[way]) for way, row in rows.items()]
 
 
 @dataclasses.dataclass
@@ -159,23 +167,19 @@ class _Row:
     seen: list[float] = dataclasses.field(default_factory=list)
     passes: dict[str, int] = dataclasses.field(default_factory=lambda: {"network": 0, "head": 0})
 
-    def told(self, way: str, base: _Row, pictures: int, counted: Counts, feature_steps: int) -> dict[str, Any]:
+    def told(self, way: str, base: _Row, pictures: int, counted: Counts, idea: Try) -> dict[str, Any]:
         means = {name.removeprefix("demo_"): float(f"{each.mean():.3g}") for name, each in self.errors.items()}
         ratios = [each.mean() / base.errors[name].mean() for name, each in self.errors.items()]
         surely = [_surely(each - base.errors[name]) for name, each in self.errors.items()]
         network, head = (self.passes[name] / pictures for name in ("network", "head"))
-        backward = head / feature_steps  # each reading is followed by one
+        backward = head / (1 if idea.settings is None else idea.settings.feature_steps)  # one after each reading
         operations = network * counted.forward + backward * counted.backward + head * counted.head
         return {
             "try": way, **means, "of default": round(float(np.exp(np.mean(np.log(ratios)))), 3),
             "better": surely.count(-1), "worse": surely.count(1), "prompt": round(float(np.mean(self.seen)), 3),
             "passes": network, "backward": backward, "head": head,
-            "SD1.5": round(operations / (2 * STEPS * counted.forward), 3),
+            "SD1.5": round(operations / (2 * idea.steps * counted.forward), 3),
         }  # fmt: skip
-
-
-def _feature_steps(idea: Try) -> int:
-    return 1 if idea.settings is None else idea.settings.feature_steps
 
 
 def _surely(differences: np.ndarray) -> int:
