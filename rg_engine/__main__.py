@@ -64,6 +64,8 @@ def command_line() -> argparse.ArgumentParser:
     benchmark.add_argument("--launches", action="store_true", help="kernels and host time of a tiny network's steps")
     benchmark.add_argument("--runs", type=int, default=0, help="so many guided runs, for their memory")
     benchmark.add_argument("--frontier", type=int, default=0, metavar="PICTURES", help="control against cost, demo model")
+    benchmark.add_argument("--tries", type=int, default=0, metavar="PICTURES",
+                           help="what was tried for more control of each backward pass, demo model")  # fmt: skip
 
     convert = commands.add_parser("convert", help="authors' .pt to .safetensors, or back")
     convert.add_argument("source", type=Path)
@@ -139,7 +141,7 @@ def main(arguments: list[str] | None = None) -> int:
             run_benchmark(
                 options.out, options.shape, options.turns, options.dtype, options.ways,
                 pictures=options.pictures, frontier=options.frontier, runs=options.runs, counted=options.count,
-                launches=options.launches,
+                launches=options.launches, tries=options.tries,
             )  # fmt: skip
             return 0
         if options.command == "evaluate":

@@ -117,6 +117,10 @@ class Objective:
     def needs_source(self) -> bool:
         return any(target.needs_source for target in self.targets)
 
+    def reaches_zero(self, active: Sequence[int]) -> bool:
+        """Whether the least value of these targets' loss is 0: of a look or a drag nobody knows it."""
+        return all(self.targets[i].head.spec.kind in ("spatial", "keypoint", "lgp") for i in active)
+
     def source_step(self, branch: Branch, wanted: Sequence[int] | None = None) -> SourceStep:
         """What the guided pass needs of this step of the source, or of a reference: the readouts of targets ``wanted``."""
         if wanted is None:

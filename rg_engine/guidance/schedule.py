@@ -34,7 +34,10 @@ class GuidanceSettings:
 
     strength 1.0 is the paper's amount in both modes. iterations counts the moves of each interval of the diffusion time
     (0..1) in fast mode, and the updates of a step in reference mode. source_cfg below 0 is the guided run's own cfg.
-    keyframes multiply strength over the diffusion time, for each picture.
+    keyframes multiply strength over the diffusion time, for each picture. feature_steps: of fast mode and norm_ratio, how
+    often the heads run at a move to find where the features should go (see :mod:`.feature_target`); 1 is the gradient alone.
+    keep_negative: of fast mode and norm_ratio, how many guided steps in a row may go without the negative prompt's pass, its
+    prediction taken from the step before.
     """
 
     strength: float = 1.0
@@ -43,6 +46,8 @@ class GuidanceSettings:
     source_cfg: float = -1.0
     interval: float = FAST_INTERVAL
     keyframes: Keyframes | None = None
+    feature_steps: int = 1
+    keep_negative: int = 0
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength) or self.strength < 0:
@@ -51,6 +56,10 @@ class GuidanceSettings:
             raise TargetError(f"mode {self.mode!r} is unknown: choose one of {', '.join(MODES)}")
         if self.iterations < 1:
             raise TargetError(f"iterations is {self.iterations}: it must be 1 or more")
+        if self.feature_steps < 1:
+            raise TargetError(f"feature_steps is {self.feature_steps}: it must be 1 or more")
+        if self.keep_negative < 0:
+            raise TargetError(f"keep_negative is {self.keep_negative}: it must be 0 or more")
         if not 0 <= self.interval <= 1:
             raise TargetError(f"interval is {self.interval}: it is a part of the diffusion time, 0..1")
 

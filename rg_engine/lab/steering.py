@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -47,11 +47,15 @@ class Made:
     seconds: float
 
 
-def steer(world: World, recipe: Recipe, head: ReadoutHead, ways: dict[str, Way]) -> Iterator[Made]:
-    """``world.pictures`` pictures in each way, of the same scenes, prompts and seeds: batch by batch, way after way."""
+def steer(
+    world: World, recipe: Recipe, head: ReadoutHead, ways: dict[str, Way],
+    target_of: Callable[[World, Recipe, ReadoutHead, ScenePictures], Target] | None = None,
+) -> Iterator[Made]:  # fmt: skip
+    """``world.pictures`` pictures in each way, of the same scenes, prompts and seeds: batch by batch, way after way.
+    target_of: what is followed, :func:`scene_target` unless told."""
     for first in range(0, world.pictures, BATCH):
         wanted = scene_pictures(SCENE_SEED + 1 + first, min(BATCH, world.pictures - first), figure_only=True)
-        target = scene_target(world, recipe, head, wanted)
+        target = (target_of or scene_target)(world, recipe, head, wanted)
         prompt = PROMPTS[first // BATCH % len(PROMPTS)]
         for name, way in ways.items():
             start = {"samples": torch.zeros(len(wanted.scenes), 4, 16, 16)}

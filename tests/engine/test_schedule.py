@@ -172,6 +172,8 @@ def test_each_step_names_the_targets_that_guide_in_it():
         ({"strength": math.inf}, "strength"),
         ({"mode": "slow"}, "mode 'slow'.*fast, reference"),
         ({"iterations": 0}, "iterations"),
+        ({"feature_steps": 0}, "feature_steps"),
+        ({"keep_negative": -1}, "keep_negative"),
         ({"interval": -0.1}, "interval"),
         ({"interval": 1.5}, "interval"),
     ],

@@ -48,6 +48,41 @@ def test_the_precision_that_was_asked_for(benchmark, tmp_path):
     assert benchmark.run_benchmark(tmp_path, ["demo"], 1, "bfloat16", ["plain"])["dtype"] == "torch.bfloat16"
 
 
+def test_tries_count_passes_and_leave_the_engine_as_it_was(benchmark):
+    tries, step = engine("lab.cost.tries"), engine("comfy_host.guided.step")
+    move = step._move
+    names = (tries.BASE, "unguided", "feature target, 3 steps", "negative prompt kept", "momentum 0.3", "Polyak's length, 1")
+    world = engine("lab.demo_world").load_world(2)
+    rows = tries.measure_tries(world, {name: tries.TRIES[name] for name in names}, ("demo_pose",))
+    assert step._move is move
+    found = {row["try"]: (row["passes"], row["backward"], row["head"]) for row in rows}
+    assert list(found) == list(names)
+    assert found[tries.BASE] == found["momentum 0.3"] == (60, 5, 5)
+    assert found["unguided"] == (60, 0, 0)
+    assert found["feature target, 3 steps"] == (60, 5, 15)
+    assert found["negative prompt kept"] == (56, 5, 5)
+    assert rows[0]["of default"] == rows[1]["SD1.5"] == 1
+    errors = {row["try"]: row["pose"] for row in rows}
+    assert len(set(errors.values()) - {errors[tries.BASE]}) >= 4  # each idea makes other pictures; a prompt kept, hardly
+    assert max(errors.values()) == errors["unguided"] > 3 * errors[tries.BASE]
+
+
+def test_directions_and_lengths_that_were_tried():
+    tries = engine("lab.cost.tries")
+    first, second = (torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(k)) for k in (0, 1))
+    before = []
+    extrapolated = tries.extrapolation(0.5)
+    torch.testing.assert_close(extrapolated(first, before), tries._unit(first))
+    wanted = 1.5 * tries._unit(second) - 0.5 * tries._unit(first)
+    torch.testing.assert_close(extrapolated(second, before), wanted)
+    torch.testing.assert_close(tries.momentum(0.5)(second, [first]), tries._unit(second) + 0.5 * first)
+    cells = tries.by_cell(1.0)(first, []).square().mean(1).sqrt()
+    torch.testing.assert_close(cells, torch.ones_like(cells), atol=0.01, rtol=0)
+    channels = tries.by_channel(first, []).square().mean((2, 3)).sqrt()
+    torch.testing.assert_close(channels, torch.ones_like(channels))
+    assert tries.sloped(1.4, 0.6)(None, 0.25, first, 1.0) == pytest.approx(1.0)
+
+
 def state(model) -> list:
     """What a ModelPatcher, its model and every module of its network hold, by name, and what is hooked to them."""
     found = [sorted(model.__dict__), sorted(model.model.__dict__), repr(model.wrappers), sorted(model.model_options)]

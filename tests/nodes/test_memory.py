@@ -29,8 +29,12 @@ def test_the_estimate_is_near_what_is_kept(name, graph):
 
 
 @pytest.mark.parametrize("graph", ["full", "light"])
-@pytest.mark.parametrize(("mode", "branches"), [("fast", 1), ("reference", 2)])
-def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(small, mode, branches, graph):
+@pytest.mark.parametrize(
+    ("settings", "branches", "maps"),
+    [({}, 1, 2), ({"feature_steps": 4}, 1, 5), ({"mode": "reference", "feature_steps": 4}, 2, 2)],
+    ids=["fast", "feature target", "reference"],
+)
+def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(small, settings, branches, maps, graph):
     from comfy.patcher_extension import WrappersMP
 
     guided_model = engine("comfy_host.guided.model")
@@ -40,8 +44,7 @@ def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(smal
         asked.append(noise_shape)
         return executor(model, noise_shape, *args, **kwargs)
 
-    settings = engine("guidance").GuidanceSettings(mode=mode)
-    guided = guided_model.guide(small.model, small.target(), settings, graph)
+    guided = guided_model.guide(small.model, small.target(), engine("guidance").GuidanceSettings(**settings), graph)
     guided.add_wrapper_with_key(WrappersMP.PREPARE_SAMPLING, "test", prepare)
     small.plain(model=guided, steps=3)
     (asked_shape,) = asked
@@ -50,6 +53,7 @@ def test_a_run_asks_for_the_graphs_of_as_many_branches_as_it_guides_at_once(smal
         backbone=engine("comfy_host.loaded.model").backbone_of(small.model),
         heads=(small.head("spatial"),),
         branches=branches,
+        feature_maps=maps,
     )
     needed = size.bytes(small.model, [1, 4, 16, 16], graph)
     assert needed <= all_pictures - picture < needed + picture

@@ -7,6 +7,7 @@ a graph; the graph spans :meth:`BranchReader.apply_model` only.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor
 from ...features import Backbone, FeatureTap
 from ...features.tap import Enough
 from ...guidance import Branch, Objective, Part, SourceStep, parts_of
+from ...guidance.feature_target import LossAndGradients, feature_gap
 from ...guidance.objective import whole_step
 from ...guidance.parts import stitched, together
 from ..loaded.frozen_layers import plain
@@ -41,7 +43,7 @@ class BranchReader:
     keeps ``found`` (by branch): the readouts of targets ``recorded``, by default of those that need the source.
 
     Args: x, the latent (B, C, H, W) that the model is called on, in one call or in parts; percent, its place in the
-    diffusion time.
+    diffusion time; feature_steps, how often heads run for where the features should go (:mod:`...guidance.feature_target`).
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class BranchReader:
         recorded: tuple[int, ...] | None = None,
         scope: GradientScope | None = None,
         percent: float = 0.0,
+        feature_steps: int = 1,
     ) -> None:
         self._backbone = backbone
         self._objective = objective
@@ -63,6 +66,7 @@ class BranchReader:
         self._recorded = recorded
         self._scope = scope
         self._percent = percent
+        self._feature_steps = feature_steps
         self._prompts: dict[Any, int] = {}  # branches by their prompts' ids; empty: by their place in the call
         self._reading = True  # whether calls are read now
         self._only = False  # whether nothing is made of their predictions
@@ -252,15 +256,13 @@ class BranchReader:
         for part in parts:
             features = [f.detach()[part.rows].float().requires_grad_() for f in read.features]
             branch, objective = self._rows(read, part, features), self._objective.part(part)
-            found: list[Tensor] = []
-            total = features[0].new_zeros(len(features[0]))
-            for targets in objective.by_head(self._active):
-                loss, readouts = objective.loss(branch, targets, self._sources.get(branches[part.chunk]), light=light)
-                total += loss.detach()
-                for i, readout in readouts.items():
-                    self._readouts.setdefault(i, []).append((part, readout.detach()))
-                gradients = torch.autograd.grad(loss.sum(), features, allow_unused=True, materialize_grads=True)
-                found = [a + b for a, b in zip(found, gradients, strict=True)] if found else list(gradients)
+            sources = self._sources.get(branches[part.chunk])
+            total, found, readouts = self._loss_and_gradients(objective, branch, sources, light)
+            for i, readout in readouts.items():
+                self._readouts.setdefault(i, []).append((part, readout))
+            if self._feature_steps > 1 and objective.reaches_zero(self._active):
+                evaluate = functools.partial(self._evaluate, objective, branch, sources, light)
+                found = feature_gap([map_.detach() for map_ in features], (total, found), evaluate, self._feature_steps)
             self._losses.setdefault(branches[part.chunk], []).append((part, total))
             largest = torch.stack([g.abs().amax() for g in found]).amax()
             gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
@@ -271,6 +273,28 @@ class BranchReader:
         for part, gain in zip(parts, gains, strict=True):
             moved = gradient[part.rows].float() / gain / scale[part.rows].float()
             self._gradients.setdefault(branches[part.chunk], []).append((part, moved))
+
+    def _loss_and_gradients(
+        self, objective: Objective, branch: Branch, source: SourceStep | None, light: bool
+    ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
+        """The loss (B,), its gradients with respect to the branch's features, and readouts by target; a head at a time."""
+        total = branch.features[0].new_zeros(len(branch.features[0]))
+        found: list[Tensor] = []
+        readouts: dict[int, Tensor] = {}
+        for targets in objective.by_head(self._active):
+            loss, read = objective.loss(branch, targets, source, light=light)
+            total += loss.detach()
+            readouts |= {i: readout.detach() for i, readout in read.items()}
+            gradients = torch.autograd.grad(loss.sum(), branch.features, allow_unused=True, materialize_grads=True)
+            found = [a + b for a, b in zip(found, gradients, strict=True)] if found else list(gradients)
+        return total, found, readouts
+
+    def _evaluate(
+        self, objective: Objective, branch: Branch, source: SourceStep | None, light: bool, maps: list[Tensor]
+    ) -> LossAndGradients:
+        """The loss and its gradients at other features."""
+        there = dataclasses.replace(branch, features=[map_.requires_grad_() for map_ in maps])
+        return self._loss_and_gradients(objective, there, source, light)[:2]
 
 
 def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:

@@ -33,7 +33,7 @@ from .attention import check_attention
 from .frame import Frame, FramedModel, framed
 from .progress import RunProgress
 from .report import Repetitions, report_empty_plan, report_run, report_start
-from .run import ModelCall, Options, Run
+from .run import KeptPrompt, ModelCall, Options, Run
 from .sampler_steps import SamplerSteps
 from .source_pass import SourcePasses, fingerprint
 from .step import KEY, one_pass_step, reference_step, source_step
@@ -144,9 +144,11 @@ class ModelGuidance:
 
     def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
-            heads, branches = tuple(target.head for target in self.targets), 2 if self.settings.mode == "reference" else 1
+            paper = self.settings.mode == "reference"
             size = GraphSize(
-                backbone=self.backbone, heads=heads, branches=branches, text=tokens_beside(conds, self.backbone)
+                backbone=self.backbone, heads=tuple(target.head for target in self.targets), branches=2 if paper else 1,
+                text=tokens_beside(conds, self.backbone),
+                feature_maps=5 if self.settings.feature_steps > 1 and not paper else 2,
             )  # fmt: skip
             self._run.graph = self.graph or choose_graph(model, size, noise_shape)
             noise_shape = with_room_for_graph(model, size, noise_shape, self._run.graph)
@@ -188,6 +190,8 @@ class ModelGuidance:
                 """One pass, in a frame of its own."""
                 run.steps = steps = SamplerSteps(run.plan, run.sigmas)
                 run.frame = frame = Frame(noise.shape)
+                keeps = self.settings.keep_negative if self.settings.mode != "reference" else 0
+                run.kept_prompt = KeptPrompt(keeps, noise.shape) if keeps else None
 
                 def report(step: int, x0: Tensor, x: Tensor, total: int) -> None:
                     steps.finished_step()
@@ -233,7 +237,8 @@ class ModelGuidance:
         ready = run is not None and run.steps is not None and run.noise is not None and x.shape == run.noise.shape
         planned = run.steps.planned(timestep.flatten()[0]) if ready and run is not None and run.steps is not None else None
         if run is None or planned is None:
-            return predict(options, x)
+            kept = None if run is None or not ready or run.recording else run.kept_prompt
+            return predict(options if kept is None else kept.install(options, guided=False), x)
         step = source_step if run.recording else reference_step if run.settings.mode == "reference" else one_pass_step
         return step(run, planned, ModelCall(executor.class_obj, x, timestep, options, predict))
 

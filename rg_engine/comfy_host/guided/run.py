@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import comfy.model_patcher
 import comfy.samplers
 import torch
-from comfy.patcher_extension import WrappersMP
+from comfy.patcher_extension import WrappersMP, add_wrapper_with_key
 from torch import Tensor
 
 from ...features import Backbone
@@ -27,6 +28,7 @@ from .sampler_steps import SamplerSteps
 from .source_pass import SourcePass
 
 Options = dict[str, Any]
+KEPT = "readout_guidance_kept_prompt"
 #: Functions of other nodes that come after the branches, and are not for passes that only read.
 AFTER_BRANCHES = ("sampler_cfg_function", "sampler_pre_cfg_function", "sampler_post_cfg_function")
 
@@ -48,6 +50,7 @@ class Run:
     steps: SamplerSteps | None = None
     frame: Frame | None = None
     scope: GradientScope | None = None
+    kept_prompt: KeptPrompt | None = None  # spares guided steps the negative prompt's pass
     recording: bool = False  # the source pass is under way
     source: SourcePass = dataclasses.field(default_factory=SourcePass)
     references: dict[int, Tensor] = dataclasses.field(default_factory=dict)  # latents in the model's scale, by target
@@ -75,7 +78,10 @@ class Run:
 
     def reader(self, x: Tensor, planned: PlannedStep, **settings: Any) -> BranchReader:
         assert self.objective is not None
-        return BranchReader(self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, **settings)
+        steps = 1 if self.settings.mode == "reference" else self.settings.feature_steps
+        return BranchReader(
+            self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, feature_steps=steps, **settings
+        )
 
     def move(self, move: Tensor) -> None:
         assert self.frame is not None
@@ -146,3 +152,46 @@ def without_readers(options: Options) -> Options:
         wrappers = options["transformer_options"]["wrappers"]
         wrappers[kind] = {key: value for key, value in wrappers[kind].items() if key != READER}
     return options
+
+
+class KeptPrompt:
+    """Spares guided steps the negative prompt's pass, by what its prediction was before.
+
+    Kept is what the prompts' predictions D differed in at the latest step that ran both, in units of its noise level:
+
+        d = (D_positive - D_negative) / sigma        D_negative = D_positive - sigma' d    at a guided step at sigma'
+
+    d is the difference of the predicted noise (of a flow model: of the velocity), which hardly changes from step to step
+    where the noise itself, renewed by ancestral samplers, does. Only guiders that run two prompts, on the whole latent in
+    one call, are served so; others run as they would.
+
+    Args: most, guided steps in a row that go without the negative prompt; shape of the latent (B, C, H, W).
+    """
+
+    def __init__(self, most: int, shape: Sequence[int]) -> None:
+        self._most = most
+        self._shape = tuple(shape)
+        self._difference: Tensor | None = None
+        self._spared = 0  # guided steps since both prompts ran
+
+    def install(self, options: Options, guided: bool) -> Options:
+        """Model options for one prediction of the sampler: a guided one may be spared a prompt, others run and are noted."""
+        options = comfy.model_patcher.create_model_options_clone(options)
+        call = functools.partial(self._call, guided)
+        add_wrapper_with_key(WrappersMP.CALC_COND_BATCH, KEPT, call, options, is_model_options=True)
+        return options
+
+    def _call(
+        self, guided: bool, calculate: Any, model: Any, conds: list, x: Tensor, timestep: Tensor, *args: Any
+    ) -> list[Tensor]:  # fmt: skip
+        """The wrapper around calc_cond_batch."""
+        if len(conds) != 2 or not all(conds) or tuple(x.shape) != self._shape:
+            return calculate(model, conds, x, timestep, *args)
+        sigma = spread(timestep, x)
+        if guided and self._difference is not None and self._spared < self._most:
+            self._spared += 1
+            positive, _ = calculate(model, [conds[0], None], x, timestep, *args)
+            return [positive, positive - sigma * self._difference]
+        positive, negative = calculate(model, conds, x, timestep, *args)
+        self._difference, self._spared = (positive - negative) / sigma, 0
+        return [positive, negative]

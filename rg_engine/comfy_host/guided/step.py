@@ -102,7 +102,8 @@ def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[Br
         if without_readers(call.options) is not call.options:  # another guidance reads this call: each by itself
             call.read(reader, (CONDITIONAL,))
             return call.plain()
-        denoised = call.predict(reader.install(call.options, call.guider, (CONDITIONAL,)), call.x)
+        options = call.options if run.kept_prompt is None else run.kept_prompt.install(call.options, guided=True)
+        denoised = call.predict(reader.install(options, call.guider, (CONDITIONAL,)), call.x)
         if not reader.called:  # a cache answered in the model's place
             call.read(reader, (CONDITIONAL,))
         return denoised

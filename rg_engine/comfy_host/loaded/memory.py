@@ -41,6 +41,7 @@ class GraphSize:
     heads: tuple[ReadoutHead, ...]
     branches: int = 1
     text: int = TEXT_TOKENS
+    feature_maps: int = 2
 
     def bytes(self, model: Any, noise_shape: Sequence[int], graph: Graph) -> int:
         """For a ModelPatcher and noise_shape (B, C, H, W): the network's graph, and that of one head of one branch."""
@@ -48,7 +49,7 @@ class GraphSize:
         head = max((head.network.kept_channels(graph == "light") for head in self.heads), default=0)
         cells = noise_shape[0] * math.prod(noise_shape[2:])
         elements = graph_elements(self.backbone, noise_shape, graph, self.text)
-        in_fp32 = cells * head + 2 * _feature_elements(self.backbone, noise_shape)  # of the features, copies and gradients
+        in_fp32 = cells * head + self.feature_maps * _feature_elements(self.backbone, noise_shape)
         return round((self.branches * elements * size + 4 * in_fp32) * (1 + BACKWARD_SHARE))
 
 

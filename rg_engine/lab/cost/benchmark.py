@@ -33,6 +33,7 @@ from .models import SHAPES, Shape, random_conds, random_heads, random_model, ran
 from .operations import count_kept_bytes, operations_table
 from .timing import EVERY_STEP, median_ratio, model_calls, whole_picture_ratio
 from .transformers import BIG, transformer_table
+from .tries import measure_tries
 
 STEPS = 4  # of each run; the first and the last one (too short to be guided) are not counted
 
@@ -67,13 +68,14 @@ WAYS = {
 def run_benchmark(
     out: Path, shapes: list[str], turns: int, dtype: str, ways: list[str] | None = None, *,
     pictures: list[int] | None = None, frontier: int = 0, runs: int = 0, counted: list[str] | None = None,
-    launches: bool = False,
+    launches: bool = False, tries: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure the shapes; prints tables, writes benchmark.json.
 
     pictures: whole pictures of so many steps as well. frontier: control against cost on so many pictures of the demo model,
     with a plot, frontier.png. counted: shapes whose operations and bytes are counted instead. runs: so many guided runs of
     the example workflow one after another, for their memory. launches: kernels and host time of a tiny network's steps.
+    tries: ways to more control for each backward pass, on so many pictures of the demo model.
     """
     logging.getLogger().setLevel(logging.WARNING)
     comfy.utils.set_progress_bar_enabled(False)
@@ -107,6 +109,9 @@ def run_benchmark(
         report["frontier"] = measure_frontier(load_world(frontier))
         plot_frontier(report["frontier"], out / "frontier.png")
         print(markdown(report["frontier"]))
+    if tries:
+        report["tries"] = measure_tries(load_world(tries))
+        print(markdown(report["tries"]))
     (out / "benchmark.json").write_text(json.dumps(report, indent=1), encoding="utf-8")
     print(f"wrote {out / 'benchmark.json'}")
     return report

@@ -6,6 +6,7 @@ nothing else takes any, on a CPU.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from typing import Any
 
@@ -86,7 +87,10 @@ def launches_table(turns: int) -> list[dict[str, Any]]:
     target = random_target(random_heads(model, TINY, 1), latent, end_percent=1.0)
     ways: dict[str, tuple[Target | None, GuidanceSettings]] = {
         "plain": (None, EVERY_STEP), "no move at this step": (target, GuidanceSettings(strength=0.0)),
-        "fast": (target, EVERY_STEP), "reference": (target, GuidanceSettings(mode="reference")),
+        "fast": (target, EVERY_STEP),
+        "fast, feature target, 4 steps": (target, dataclasses.replace(EVERY_STEP, feature_steps=4)),
+        "fast, negative prompt kept": (target, dataclasses.replace(EVERY_STEP, keep_negative=STEPS)),
+        "reference": (target, GuidanceSettings(mode="reference")),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(turns + 1):

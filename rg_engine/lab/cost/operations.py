@@ -101,6 +101,8 @@ def operations_table(shape: Shape) -> list[dict[str, Any]]:
         "plain": (plain, 0),
         "fast": (plain + full.backward + full.head, full.guided_bytes),
         "fast, 3 heads": (plain + full.backward + 3 * full.head, full.guided_bytes),
+        "fast, feature target, 4 steps": (plain + full.backward + 4 * full.head, full.guided_bytes + 3 * full.features),
+        "fast, negative prompt kept": (plain - full.forward + full.backward + full.head, full.guided_bytes),
         "fast, light graph": (plain + light.backward + light.head, light.guided_bytes),
         "reference": (reference, full.guided_bytes + full.kept),
         "ControlNet": (plain + 2 * full.controlnet, 0),
