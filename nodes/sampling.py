@@ -7,7 +7,7 @@ from comfy_api.latest import io
 
 from ..rg_engine.comfy_host.guided.sampling import guided_ksampler, guided_model, readout_guider
 from ..rg_engine.guidance import GuidanceSettings
-from .schema import ReadoutTarget, mode_and_strength, schema, strength_keyframes
+from .schema import ReadoutTarget, economy, mode_and_strength, schema, strength_keyframes
 
 
 class ReadoutGuidedKSampler(io.ComfyNode):
@@ -32,6 +32,7 @@ class ReadoutGuidedKSampler(io.ComfyNode):
                 ReadoutTarget.Input("target", tooltip="What the picture should read like."),
                 *mode_and_strength(),
                 strength_keyframes(),
+                *economy(),
             ],
             outputs=[io.Latent.Output("LATENT", tooltip="The denoised latent.")],
         )
@@ -39,11 +40,12 @@ class ReadoutGuidedKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target,
-        strength, mode, iterations, source_cfg, keyframes=None,
+        strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=1,
     ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(
-            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes
-        )
+            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
+            feature_steps=feature_steps, keep_negative=keep_negative,
+        )  # fmt: skip
         latent = guided_ksampler(
             model, target, settings, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler,
             positive=positive, negative=negative, latent=latent_image, denoise=denoise,
@@ -67,17 +69,20 @@ class ReadoutGuider(io.ComfyNode):
                 ReadoutTarget.Input("target", tooltip="What the picture should read like."),
                 *mode_and_strength(),
                 strength_keyframes(),
+                *economy(),
             ],
             outputs=[io.Guider.Output("GUIDER")],
         )
 
     @classmethod
     def execute(
-        cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg, keyframes=None
+        cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg, keyframes=None,
+        feature_steps=4, keep_negative=1,
     ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(
-            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes
-        )
+            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
+            feature_steps=feature_steps, keep_negative=keep_negative,
+        )  # fmt: skip
         return io.NodeOutput(readout_guider(model, positive, negative, cfg, target, settings))
 
 
@@ -96,15 +101,19 @@ class ApplyReadoutGuidance(io.ComfyNode):
                 ReadoutTarget.Input("target", tooltip="What the picture should read like."),
                 *mode_and_strength(),
                 strength_keyframes(),
+                *economy(),
             ],
             outputs=[io.Model.Output("MODEL", tooltip="The guided model; the one that was given stays as it is.")],
         )
 
     @classmethod
-    def execute(cls, model, target, strength, mode, iterations, source_cfg, keyframes=None) -> io.NodeOutput:
+    def execute(
+        cls, model, target, strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=1
+    ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(
-            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes
-        )
+            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
+            feature_steps=feature_steps, keep_negative=keep_negative,
+        )  # fmt: skip
         return io.NodeOutput(guided_model(model, target, settings))
 
 

@@ -54,8 +54,24 @@ def mode_and_strength() -> list[Any]:
     ]  # fmt: skip
 
 
+def economy() -> list[Any]:
+    """Their last, optional inputs: how much is made of each pass through the network."""
+    return [
+        io.Int.Input(
+            "feature_steps", default=4, min=1, max=50, optional=True,
+            tooltip="fast: how often the head runs at a move, to find where the features should go before the model's one "
+            "backward pass. More follow a little better; 1 is the gradient alone. Not for drags and looks.",
+        ),
+        io.Int.Input(
+            "keep_negative", default=1, min=0, max=50, optional=True,
+            tooltip="fast: so many guided steps in a row go without the negative prompt's pass, and take from the step "
+            "before what it would say: half a step less each. 0: never. Not for drags.",
+        ),
+    ]  # fmt: skip
+
+
 def strength_keyframes() -> Any:
-    """Their last, optional input."""
+    """An optional input of theirs."""
     return ReadoutKeyframes.Input(
         "keyframes", optional=True, tooltip="Strength over the diffusion time, from Readout Keyframes; multiplies strength."
     )

@@ -34,10 +34,10 @@ class GuidanceSettings:
 
     strength 1.0 is the paper's amount in both modes. iterations counts the moves of each interval of the diffusion time
     (0..1) in fast mode, and the updates of a step in reference mode. source_cfg below 0 is the guided run's own cfg.
-    keyframes multiply strength over the diffusion time, for each picture. feature_steps: of fast mode and norm_ratio, how
-    often the heads run at a move to find where the features should go (see :mod:`.feature_target`); 1 is the gradient alone.
-    keep_negative: of fast mode and norm_ratio, how many guided steps in a row may go without the negative prompt's pass, its
-    prediction taken from the step before.
+    keyframes multiply strength over the diffusion time, for each picture. Of fast mode alone: feature_steps, how often the
+    heads run at a move to find where the features should go (see :mod:`.feature_target`), 1 is the gradient alone;
+    keep_negative, how many guided steps in a row go without the negative prompt's pass, its prediction taken from the step
+    before.
     """
 
     strength: float = 1.0
@@ -46,8 +46,8 @@ class GuidanceSettings:
     source_cfg: float = -1.0
     interval: float = FAST_INTERVAL
     keyframes: Keyframes | None = None
-    feature_steps: int = 1
-    keep_negative: int = 0
+    feature_steps: int = 4
+    keep_negative: int = 1
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength) or self.strength < 0:
@@ -62,6 +62,16 @@ class GuidanceSettings:
             raise TargetError(f"keep_negative is {self.keep_negative}: it must be 0 or more")
         if not 0 <= self.interval <= 1:
             raise TargetError(f"interval is {self.interval}: it is a part of the diffusion time, 0..1")
+
+    @property
+    def head_runs(self) -> int:
+        """Of a move."""
+        return self.feature_steps if self.mode == "fast" else 1
+
+    @property
+    def spared(self) -> int:
+        """Guided steps in a row without the negative prompt's pass."""
+        return self.keep_negative if self.mode == "fast" else 0
 
     def strengths_at(self, percent: float, batch: int) -> Tensor | None:
         """What keyframes multiply the strength with then, (B,); None without any."""

@@ -148,7 +148,7 @@ class ModelGuidance:
             size = GraphSize(
                 backbone=self.backbone, heads=tuple(target.head for target in self.targets), branches=2 if paper else 1,
                 text=tokens_beside(conds, self.backbone),
-                feature_maps=5 if self.settings.feature_steps > 1 and not paper else 2,
+                feature_maps=5 if self.settings.head_runs > 1 else 2,
             )  # fmt: skip
             self._run.graph = self.graph or choose_graph(model, size, noise_shape)
             noise_shape = with_room_for_graph(model, size, noise_shape, self._run.graph)
@@ -190,8 +190,9 @@ class ModelGuidance:
                 """One pass, in a frame of its own."""
                 run.steps = steps = SamplerSteps(run.plan, run.sigmas)
                 run.frame = frame = Frame(noise.shape)
-                keeps = self.settings.keep_negative if self.settings.mode != "reference" else 0
-                run.kept_prompt = KeptPrompt(keeps, noise.shape) if keeps else None
+                # A source, which both prompts make, is compared with what both make.
+                spared = 0 if run.objective is None or run.objective.needs_source else self.settings.spared
+                run.kept_prompt = KeptPrompt(spared, noise.shape) if spared else None
 
                 def report(step: int, x0: Tensor, x: Tensor, total: int) -> None:
                     steps.finished_step()

@@ -78,10 +78,10 @@ class Run:
 
     def reader(self, x: Tensor, planned: PlannedStep, **settings: Any) -> BranchReader:
         assert self.objective is not None
-        steps = 1 if self.settings.mode == "reference" else self.settings.feature_steps
         return BranchReader(
-            self.backbone, self.objective, x, scope=self.scope, percent=planned.percent, feature_steps=steps, **settings
-        )
+            self.backbone, self.objective, x, scope=self.scope, percent=planned.percent,
+            feature_steps=self.settings.head_runs, **settings,
+        )  # fmt: skip
 
     def move(self, move: Tensor) -> None:
         assert self.frame is not None

@@ -49,6 +49,8 @@ class Way:
     controlnet: bool = False
 
 
+WITH_NEGATIVE = dataclasses.replace(EVERY_STEP, keep_negative=0)
+GRADIENT_ALONE = dataclasses.replace(WITH_NEGATIVE, feature_steps=1)
 REFERENCE = GuidanceSettings(mode="reference")
 MANY_HEADS = "fast, 9 heads"  # tells what one of them costs, which is little beside the noise of a step
 WAYS = {
@@ -57,6 +59,8 @@ WAYS = {
     "fast, 3 heads": Way(heads=3),
     MANY_HEADS: Way(heads=9),
     "fast, light graph": Way(heads=1, graph="light"),
+    "fast, with the negative prompt": Way(heads=1, settings=WITH_NEGATIVE),
+    "fast, with it, the gradient alone": Way(heads=1, settings=GRADIENT_ALONE),
     "reference": Way(heads=1, settings=REFERENCE),
     "reference, 3 heads": Way(heads=3, settings=REFERENCE),
     "the paper's (source in the batch)": Way(heads=1, settings=REFERENCE, pictures=2),

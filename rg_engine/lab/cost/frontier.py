@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 from typing import Any
@@ -18,12 +19,17 @@ from ..steering import STEPS, Way, scene_scores, steer
 
 HEADS = ("demo_pose", "demo_depth", "demo_edges", "demo_keypoints", "demo_sketch")
 #: Ways of guiding, all with STEPS steps; with those of STEP_COUNTS the default is measured as well.
+GRADIENT_ALONE = GuidanceSettings(feature_steps=1, keep_negative=0)
 WAYS = {
     "fast, each 0.25": GuidanceSettings(interval=0.25),
-    "fast, each 0.17": GuidanceSettings(interval=0.17),
     "fast (default)": GuidanceSettings(),
     "fast, 2 iterations": GuidanceSettings(iterations=2),
+    "fast, 2 iterations, 2 kept": GuidanceSettings(iterations=2, keep_negative=2),
     "fast, each step": GuidanceSettings(iterations=4),
+    "gradient alone, each 0.25": dataclasses.replace(GRADIENT_ALONE, interval=0.25),
+    "gradient alone": GRADIENT_ALONE,
+    "gradient alone, 2 iterations": dataclasses.replace(GRADIENT_ALONE, iterations=2),
+    "gradient alone, each step": dataclasses.replace(GRADIENT_ALONE, iterations=4),
     "reference": GuidanceSettings(mode="reference"),
     "reference, 3 updates": GuidanceSettings(mode="reference", iterations=3),
     "norm_ratio": GuidanceSettings(mode="norm_ratio"),

@@ -88,8 +88,8 @@ def launches_table(turns: int) -> list[dict[str, Any]]:
     ways: dict[str, tuple[Target | None, GuidanceSettings]] = {
         "plain": (None, EVERY_STEP), "no move at this step": (target, GuidanceSettings(strength=0.0)),
         "fast": (target, EVERY_STEP),
-        "fast, feature target, 4 steps": (target, dataclasses.replace(EVERY_STEP, feature_steps=4)),
-        "fast, negative prompt kept": (target, dataclasses.replace(EVERY_STEP, keep_negative=STEPS)),
+        "fast, the gradient alone": (target, dataclasses.replace(EVERY_STEP, feature_steps=1)),
+        "fast, with the negative prompt": (target, dataclasses.replace(EVERY_STEP, keep_negative=0)),
         "reference": (target, GuidanceSettings(mode="reference")),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}

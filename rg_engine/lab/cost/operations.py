@@ -16,6 +16,7 @@ from torch.utils.flop_counter import flop_registry
 
 from ...comfy_host.loaded.gradient_scope import GradientScope, Graph
 from ...features import Backbone, FeatureTap, detect_backbone
+from ...guidance import GuidanceSettings
 from ...heads import aggregation
 from ...training import new_head
 from .models import TOKENS, Shape, control_network, describe
@@ -95,15 +96,17 @@ def _count_head(shape: Shape, backbone: Backbone, maps: list[Tensor], emb: Tenso
 def operations_table(shape: Shape) -> list[dict[str, Any]]:
     """A row a way of making a step with two prompts: its operations over a plain step's, and bytes kept for backward."""
     full, light = count(shape, "full"), count(shape, "light")
-    plain = 2 * full.forward
+    plain, runs = 2 * full.forward, GuidanceSettings().head_runs
+    guided = full.forward + full.backward
+    maps = 3 * full.features  # where the features should go, the maps on the way there and their gradients
     reference = plain + 2 * (full.forward + full.backward + full.head)
     ways = {
         "plain": (plain, 0),
-        "fast": (plain + full.backward + full.head, full.guided_bytes),
-        "fast, 3 heads": (plain + full.backward + 3 * full.head, full.guided_bytes),
-        "fast, feature target, 4 steps": (plain + full.backward + 4 * full.head, full.guided_bytes + 3 * full.features),
-        "fast, negative prompt kept": (plain - full.forward + full.backward + full.head, full.guided_bytes),
-        "fast, light graph": (plain + light.backward + light.head, light.guided_bytes),
+        "fast": (guided + runs * full.head, full.guided_bytes + maps),
+        "fast, 3 heads": (guided + 3 * runs * full.head, full.guided_bytes + maps),
+        "fast, with the negative prompt": (full.forward + guided + runs * full.head, full.guided_bytes + maps),
+        "fast, with it, the gradient alone": (full.forward + guided + full.head, full.guided_bytes),
+        "fast, light graph": (full.forward + light.backward + runs * light.head, light.guided_bytes + maps),
         "reference": (reference, full.guided_bytes + full.kept),
         "ControlNet": (plain + 2 * full.controlnet, 0),
     }

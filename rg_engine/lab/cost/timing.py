@@ -20,8 +20,8 @@ from ..demo_world import demo_head, encoded
 
 KEY = "timing"
 TURNS = 2
-#: Guides in each step, however short.
-EVERY_STEP = GuidanceSettings(interval=0.0)
+#: Guides in each step, however short, and, but for the first, as most guided steps are: without the negative prompt's pass.
+EVERY_STEP = GuidanceSettings(interval=0.0, keep_negative=50)
 PICTURES = 4
 
 

@@ -17,6 +17,7 @@ from ...comfy_host.loaded.gradient_scope import GradientScope, Graph
 from ...comfy_host.loaded.memory import graph_elements
 from ...comfy_host.loaded.saved_tensors import beside_other_nodes
 from ...features import FeatureTap, detect_backbone
+from ...guidance import GuidanceSettings
 from ...heads import aggregation
 from ...training import new_head
 from .operations import Operations, count_kept_bytes
@@ -154,7 +155,7 @@ def _operations(big: BigTransformer, graph: Graph, heads: int) -> tuple[float, i
     with Operations() as read, count_kept_bytes(*head.parameters(), *copies) as kept:
         readout = head(copies, torch.empty(1, backbone.emb_width), big.latent[-2:], light=graph == "light")
         torch.autograd.grad(readout, copies, torch.empty_like(readout))
-    return (guided.count + heads * read.count) / plain.count, kept[0]
+    return (guided.count + heads * GuidanceSettings().head_runs * read.count) / plain.count, kept[0]
 
 
 def _run(network: nn.Module, big: BigTransformer, x: Tensor, attention: Any) -> None:

@@ -25,7 +25,7 @@ from ...guidance.pictures import spread
 from ..demo_heads import demo_recipe
 from ..demo_world import World, demo_head
 from ..steering import STEPS, Way, scene_scores, scene_target, steer
-from .frontier import HEADS
+from .frontier import GRADIENT_ALONE, HEADS
 from .models import SHAPES
 from .operations import Counts, count
 
@@ -41,7 +41,7 @@ Length = Callable[[Any, float, Tensor, Any], Any]
 class Try:
     """settings (none: unguided) and the targets' end; direction and length change each move."""
 
-    settings: GuidanceSettings | None = dataclasses.field(default_factory=GuidanceSettings)
+    settings: GuidanceSettings | None = GRADIENT_ALONE
     end_percent: float = 0.5
     steps: int = STEPS
     direction: Direction | None = None
@@ -91,10 +91,10 @@ def sloped(first: float, last: float) -> Length:
 
 def _settings(**given: Any) -> Try:
     end, steps = given.pop("end_percent", 0.5), given.pop("steps", STEPS)
-    return Try(settings=GuidanceSettings(**given), end_percent=end, steps=steps)
+    return Try(settings=dataclasses.replace(GRADIENT_ALONE, **given), end_percent=end, steps=steps)
 
 
-BASE = "fast (default)"
+BASE = "fast, the gradient alone"
 TRIES = {
     BASE: Try(),
     "unguided": Try(settings=None),
