@@ -161,9 +161,8 @@ class KeptPrompt:
 
         d = (D_positive - D_negative) / sigma        D_negative = D_positive - sigma' d    at a guided step at sigma'
 
-    d is the difference of the predicted noise (of a flow model: of the velocity), which hardly changes from step to step
-    where the noise itself, renewed by ancestral samplers, does. Only guiders that run two prompts, on the whole latent in
-    one call, are served so; others run as they would.
+    d is, but for its sign, the difference of the predicted noise, of a flow model that of the velocity. Only guiders that
+    run two prompts, on the whole latent in one call, are served so; others run as they would.
 
     Args: most, guided steps in a row that go without the negative prompt; shape of the latent (B, C, H, W).
     """

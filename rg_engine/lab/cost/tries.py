@@ -126,7 +126,6 @@ TRIES = {
         feature_steps=4, keep_negative=2, interval=0.07, end_percent=0.7
     ),
     "8 steps": _settings(steps=8),
-    "8 steps; feature target, 4 steps": _settings(steps=8, feature_steps=4),
     "8 steps; negative prompt kept": _settings(steps=8, keep_negative=1),
 }
 
