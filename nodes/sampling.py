@@ -40,7 +40,7 @@ class ReadoutGuidedKSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target,
-        strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=1,
+        strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=2,
     ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(
             strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
@@ -77,7 +77,7 @@ class ReadoutGuider(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg, keyframes=None,
-        feature_steps=4, keep_negative=1,
+        feature_steps=4, keep_negative=2,
     ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(
             strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
@@ -108,7 +108,7 @@ class ApplyReadoutGuidance(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, target, strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=1
+        cls, model, target, strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=2
     ) -> io.NodeOutput:  # fmt: skip
         settings = GuidanceSettings(
             strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,

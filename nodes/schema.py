@@ -63,7 +63,7 @@ def economy() -> list[Any]:
             "backward pass. More follow a little better; 1 is the gradient alone. Not for drags and looks.",
         ),
         io.Int.Input(
-            "keep_negative", default=1, min=0, max=50, optional=True,
+            "keep_negative", default=2, min=0, max=50, optional=True,
             tooltip="fast: so many guided steps in a row go without the negative prompt's pass, and take from the step "
             "before what it would say: half a step less each. 0: never. Not for drags.",
         ),

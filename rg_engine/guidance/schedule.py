@@ -47,7 +47,7 @@ class GuidanceSettings:
     interval: float = FAST_INTERVAL
     keyframes: Keyframes | None = None
     feature_steps: int = 4
-    keep_negative: int = 1
+    keep_negative: int = 2
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.strength) or self.strength < 0:

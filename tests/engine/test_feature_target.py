@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rg_engine.guidance import feature_target
 from rg_engine.guidance.feature_target import feature_gap
 
 
@@ -19,7 +20,10 @@ def maps():
 
 @pytest.fixture
 def goals(maps):
-    return [torch.randn(map_.shape, generator=torch.Generator().manual_seed(k)) for k, map_ in enumerate(maps, 1)]
+    """Not far from the features."""
+    return [
+        map_ + 0.2 * torch.randn(map_.shape, generator=torch.Generator().manual_seed(k)) for k, map_ in enumerate(maps, 1)
+    ]
 
 
 def of(loss):
@@ -51,6 +55,14 @@ def test_one_step_is_the_gradient_over_its_square_times_the_loss(maps, goals):
     squared = sum(g.flatten(1).square().sum(1) for g in gradients)
     for found, gradient in zip(gap_of(maps, squares(goals), 1), gradients, strict=True):
         torch.testing.assert_close(found, (loss / squared)[:, None, None, None] * gradient)
+
+
+def test_a_loss_that_stays_far_from_zero_sends_features_no_further_than_a_part_of_themselves(maps, goals):
+    loss = squares(goals)
+    (gap, rest), norm = gap_of(maps, lambda at: loss(at) + 1e6, 1), feature_target.LONGEST
+    size = (maps[0].flatten(1).square().sum(1) + maps[1].flatten(1).square().sum(1)).sqrt()
+    found = (gap.flatten(1).square().sum(1) + rest.flatten(1).square().sum(1)).sqrt()
+    torch.testing.assert_close(found, norm * size)
 
 
 def test_many_steps_find_where_the_loss_is_zero(maps, goals):

@@ -38,7 +38,7 @@ def test_a_row_for_each_way_on_screen_and_in_the_file(benchmark, tmp_path, capsy
     assert 0 < kept["fast, light graph"] < kept["fast"]
     assert list(report["demo"]["pictures"]) == [2]
     counted = {row["a step"]: row["operations"] for row in report["demo, counted"]}
-    assert 1 == counted["plain"] < counted["fast"] < counted["fast, 3 heads"] < counted["reference"]
+    assert 1 == counted["plain"] < counted["fast"] < min(counted["fast, 3 heads"], counted["reference"])
     assert json.loads((tmp_path / "new folder" / "benchmark.json").read_text()) == json.loads(json.dumps(report))
     printed = capsys.readouterr().out
     assert all(f"\n{way} " in printed for way in ways)

@@ -24,7 +24,6 @@ WAYS = {
     "fast, each 0.25": GuidanceSettings(interval=0.25),
     "fast (default)": GuidanceSettings(),
     "fast, 2 iterations": GuidanceSettings(iterations=2),
-    "fast, 2 iterations, 2 kept": GuidanceSettings(iterations=2, keep_negative=2),
     "fast, each step": GuidanceSettings(iterations=4),
     "gradient alone, each 0.25": dataclasses.replace(GRADIENT_ALONE, interval=0.25),
     "gradient alone": GRADIENT_ALONE,
