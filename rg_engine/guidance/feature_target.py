@@ -26,10 +26,10 @@ def feature_gap(
         f <- f - L(f) / |g(f)|^2  g(f)
 
     which is Polyak's step for a loss whose least value is 0 ("Minimization of unsmooth functionals", 1969): it needs no
-    length, and what multiplies the loss changes nothing; it is never longer than LONGEST of |f|. The gap is where f began less where it ends. Handed to the
-    network's backward in the gradient's place it gives J^T (f - f*), J the derivative of the features with respect to z:
-    the gradient of |f(z) - f*|^2 / 2. One step is the gradient itself, but for its length. Only the head runs again,
-    forward and backward ``steps`` - 1 times.
+    length, and what multiplies the loss changes nothing. No step is longer than LONGEST of |f|. The gap is where f began
+    less where it ends. Handed to the network's backward in the gradient's place it gives J^T (f - f*), J the derivative of
+    the features with respect to z: the gradient of |f(z) - f*|^2 / 2. One step is the gradient itself, but for its length.
+    Only the head runs again, forward and backward ``steps`` - 1 times.
 
     Args: first, loss and gradients at the features; evaluate(maps) gives them elsewhere. A picture whose loss or gradient
     is not finite, or whose gradient is 0, stays where it is.

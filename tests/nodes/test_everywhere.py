@@ -100,7 +100,9 @@ def test_guided_twice_alike_is_one_chain(small):
 def test_guided_twice_otherwise_follows_both(small, second):
     """Each by itself: without strength, either leaves the other's picture."""
     other = small.target(image=1 - small.control, end_percent=0.4)
-    model = apply(small, small.target())
+    exactly = {"keep_negative": 0, "feature_steps": 1}
+    second = {**exactly, **second}
+    model = apply(small, small.target(), **exactly)
     both = small.plain(model=apply(small, other, model, **second))
     one, alone = small.plain(model=model), small.plain(model=apply(small, other, **second))
     assert torch.isfinite(both).all()
@@ -252,8 +254,9 @@ def test_a_compiled_model(small):
 def test_keyframes_of_strength_for_each_picture(small):
     keyframes, _ = node("RG_ReadoutKeyframes", keyframes=["0.0: 0, 1, 1"], interpolation=["linear"])
     latent = {"samples": torch.zeros(3, 4, 16, 16)}
-    guided = small.sample(small.target(), latent_image=latent, keyframes=keyframes)
-    unguided, alike = small.plain(latent_image=latent), small.sample(small.target(), latent_image=latent)
+    exactly = {"latent_image": latent, "keep_negative": 0, "feature_steps": 1}
+    guided = small.sample(small.target(), **exactly, keyframes=keyframes)
+    unguided, alike = small.plain(latent_image=latent), small.sample(small.target(), **exactly)
     torch.testing.assert_close(guided[:1], unguided[:1], rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(guided[1:], alike[1:], rtol=1e-3, atol=1e-3)
 
@@ -305,9 +308,9 @@ def test_a_crop_that_is_sampled_by_itself_follows_its_part(small):
     cut = mask[..., height // 2 :, : width // 2]
     marked = [[prompt, {**facts, "mask": cut}]]
     control = torch.rand(1, 32, 32, 3)
-    model = apply(small, small.target(image=control))
+    model = apply(small, small.target(image=control), feature_steps=1)
     ours = small.plain(model=model, positive=marked)
-    theirs = small.plain(model=apply(small, small.target(image=control[:, 16:, :16])))
+    theirs = small.plain(model=apply(small, small.target(image=control[:, 16:, :16]), feature_steps=1))
     whole = small.plain(model=model)
     assert (ours - theirs).norm() < 0.1 * (theirs - small.plain()).norm()
     assert not torch.allclose(ours, whole, atol=1e-2)

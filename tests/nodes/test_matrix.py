@@ -57,9 +57,10 @@ def test_a_batch_of_three_with_one_control_or_three(small, controls, mode):
 def test_a_picture_of_a_batch_is_the_picture_alone(small):
     latent = {"samples": torch.zeros(2, 4, 16, 16)}
     control = torch.rand(2, 16, 16, 3, generator=torch.Generator().manual_seed(1))
-    both = small.sample(small.target(image=control), latent_image=latent, strength=1.0)
+    alike = {"strength": 1.0, "feature_steps": 1}
+    both = small.sample(small.target(image=control), latent_image=latent, **alike)
     second = {"samples": torch.zeros(1, 4, 16, 16), "batch_index": [1]}
-    alone = small.sample(small.target(image=control[1:]), latent_image=second, strength=1.0)
+    alone = small.sample(small.target(image=control[1:]), latent_image=second, **alike)
     effect = alone - small.plain(latent_image=second)
     assert (both[1:] - alone).norm() < 0.05 * effect.norm()  # what is left is rounding, which random weights amplify
 
@@ -239,7 +240,7 @@ def test_perturbed_attention_guidance_still_perturbs(small):
     model = (
         patched.execute(small.model, 3.0).result[0] if hasattr(patched, "execute") else patched().patch(small.model, 3.0)[0]
     )
-    weak = {"strength": 1e-6}
+    weak = {"strength": 1e-6, "keep_negative": 0}
     assert torch.allclose(small.sample(small.target(), model=model, **weak), small.plain(model=model), atol=1e-1)
     assert not torch.allclose(small.plain(model=model), small.plain(), atol=1.0)
     unguided = small.plain(model=model)
