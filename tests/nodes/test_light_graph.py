@@ -15,8 +15,8 @@ RUN = {"latent_image": {"samples": torch.zeros(SHAPE)}, "steps": 2}
 
 
 def guided(small, graph, model):
-    """The finished latent of a run that is guided with this graph, by the gradient alone: on the way to where features should
-    go, a head of random weights makes much of a last digit."""
+    """The finished latent of a run that is guided with this graph, by the gradient alone: on the way to where features
+    should go, a head of random weights makes much of a last digit."""
     settings = engine("guidance").GuidanceSettings(strength=2.0, feature_steps=1)
     return small.plain(model=engine("comfy_host.guided.model").guide(model, small.target(), settings, graph), **RUN)
 
