@@ -20,6 +20,7 @@ KSAMPLER = [
     "model", "seed", "steps", "cfg", "sampler_name", "scheduler", "positive", "negative", "latent_image", "denoise",
 ]  # fmt: skip
 GUIDANCE = ["strength", "mode", "iterations", "source_cfg"]
+OPTIONAL = ["keyframes", "feature_steps", "keep_negative"]
 
 #: Ids, input names in order (required, optional) and output types: shared workflows depend on them, so append only.
 CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
@@ -30,9 +31,9 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
         ["READOUT_TARGET"],
     ),
     "RG_DragPoints": (["points"], ["image", "frames"], ["DRAG_POINTS", "IMAGE"]),
-    "RG_ReadoutGuider": (["model", "positive", "negative", "cfg", "target", *GUIDANCE], ["keyframes"], ["GUIDER"]),
-    "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], ["keyframes"], ["LATENT"]),
-    "RG_ApplyReadoutGuidance": (["model", "target", *GUIDANCE], ["keyframes"], ["MODEL"]),
+    "RG_ReadoutGuider": (["model", "positive", "negative", "cfg", "target", *GUIDANCE], OPTIONAL, ["GUIDER"]),
+    "RG_ReadoutGuidedKSampler": ([*KSAMPLER, "target", *GUIDANCE], OPTIONAL, ["LATENT"]),
+    "RG_ApplyReadoutGuidance": (["model", "target", *GUIDANCE], OPTIONAL, ["MODEL"]),
     "RG_ReadOut": (["model", "head", "latent", "noise_percent", "seed"], ["positive"], ["READOUT", "IMAGE"]),
     "RG_LoadDemoModel": ([], ["network"], ["MODEL", "CLIP", "VAE"]),
     "RG_DemoScene": (
@@ -56,9 +57,12 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
     "RG_FollowCrops": (["positive", "image"], [], ["CONDITIONING"]),
     "RG_OptimizeNoise": (
         [*KSAMPLER, "vae", "updates", "strength", "mode"],
-        ["loss", "target", "couple", "keep_norm", "noise", "clip", "loss_scale", "preset", "noise_like", "nesterov"],
+        [
+            "loss", "target", "couple", "keep_norm", "noise", "clip", "loss_scale", "preset", "noise_like", "nesterov",
+            "noises",
+        ],
         ["LATENT", "LATENT", "IMAGE", "FLOAT", "IMAGE"],
-    ),
+    ),  # fmt: skip
     "RG_ClipLoss": (
         ["clip_vision", "weight", "crops", "crop_power", "crop_loss"],
         ["clip", "text", "image", "previous"],

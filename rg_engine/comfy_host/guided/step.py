@@ -102,7 +102,11 @@ def _predict_guided(run: Run, planned: PlannedStep, call: ModelCall) -> tuple[Br
         if without_readers(call.options) is not call.options:  # another guidance reads this call: each by itself
             call.read(reader, (CONDITIONAL,))
             return call.plain()
-        options = call.options if run.kept_prompt is None else run.kept_prompt.install(call.options, guided=True)
+        options = call.options
+        if run.kept_prompt is not None:  # a picture that does not move here is made by both prompts
+            strengths = run.settings.strengths_at(planned.percent, len(call.x))
+            moving = strengths is None or bool((strengths > 0).all())
+            options = run.kept_prompt.install(options, guided=moving)
         denoised = call.predict(reader.install(options, call.guider, (CONDITIONAL,)), call.x)
         if not reader.called:  # a cache answered in the model's place
             call.read(reader, (CONDITIONAL,))

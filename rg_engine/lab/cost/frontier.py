@@ -72,7 +72,7 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path) -> None:
     """Errors over the unguided ones', by the time of a picture (logarithmic), 30 steps: a dot a head, a cross their mean."""
     shown = [row for row in rows if row["steps"] == STEPS and row["way"] != "unguided"]
     unguided = {row["head"]: row["error"] for row in rows if row["way"] == "unguided"}
-    ways = list(dict.fromkeys(row["way"] for row in shown))
+    ways = sorted({row["way"]: row["picture"] for row in shown}.items(), key=lambda way: way[1])
     longest = max(1.01, *(row["picture"] for row in shown))
     highest = 1.1 * max(row["error"] / unguided[row["head"]] for row in shown)
     left, top, width, height = 60, 40, 700, 370
@@ -87,7 +87,7 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path) -> None:
         pen.line((left, y, left + width, y), fill=(232, 232, 232))
         pen.text((20, y - 6), f"{highest * (1 - k / 5):.2f}", fill=(90, 90, 90))
         pen.text((x - 12, top + height + 8), f"{longest ** (k / 5):.2f}x", fill=(90, 90, 90))
-    for number, way in enumerate(ways):
+    for number, (way, _) in enumerate(ways):
         found = [row for row in shown if row["way"] == way]
         shares = [row["error"] / unguided[row["head"]] for row in found]
         for row, share in zip(found, shares, strict=True):
@@ -96,7 +96,7 @@ def plot_frontier(rows: list[dict[str, Any]], path: Path) -> None:
         x, y = place(found[0]["picture"], float(np.mean(shares)))
         pen.line((x - 5, y - 5, x + 5, y + 5), fill="black", width=2)
         pen.line((x - 5, y + 5, x + 5, y - 5), fill="black", width=2)
-        pen.text((x + 8, y - (18 if number % 2 else -6)), way, fill="black")
+        pen.text((x + 8, y - (-6 if number % 2 else 18)), way, fill="black")
     for k, (head, colour) in enumerate(COLOURS.items()):
         pen.text((left + 90 * k, 12), head.removeprefix("demo_"), fill=colour)
     pen.text((left + 450, 12), "x: their mean", fill="black")
