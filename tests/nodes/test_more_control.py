@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from comfyui_host import engine
+from comfyui_host import engine, node
 from small_models import PARITY, parity_model
 
 SIGMA = 3.0
@@ -92,14 +92,25 @@ def test_reference_mode_takes_neither(small):
     assert torch.equal(small.plain(model=model), small.plain(model=alone))
 
 
-def test_guided_steps_run_one_prompt_where_the_other_is_kept(small):
+def test_guided_steps_run_one_prompt_where_the_other_is_kept(small, caplog):
     """Of six steps three are guided: the first one has nothing to keep yet, and at most so many in a row keep it."""
+    caplog.set_level("INFO", "readout_guidance")
     found = {}
     for most in (0, 1, 2, 9):
         model, rows = counted(small.model)
         small.plain(model=guided(small, model, interval=0.0, keep_negative=most, strength=0.1))
         found[most] = sum(rows)
     assert found == {0: 12, 1: 11, 2: 10, 9: 10}
+    said = [record.message for record in caplog.records if "guided 3 of 6 steps" in record.message]
+    assert ["without the negative prompt's pass" in line for line in said] == [False, True, True, True]
+    assert "; 2 of them without" in said[-1]
+
+
+def test_pictures_that_do_not_move_are_made_by_both_prompts(small):
+    keyframes, _ = node("RG_ReadoutKeyframes", keyframes=["0.0: 0, 1"], interpolation=["linear"])
+    latent = {"samples": torch.zeros(2, 4, 16, 16)}
+    guided_pictures = small.plain(model=guided(small, keyframes=keyframes, strength=0.5), latent_image=latent)
+    torch.testing.assert_close(guided_pictures[:1], small.plain(latent_image=latent)[:1], rtol=1e-3, atol=1e-3)
 
 
 def test_prompts_that_do_not_differ_are_kept_without_a_trace(small):

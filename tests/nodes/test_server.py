@@ -62,7 +62,7 @@ CONTRACT: dict[str, tuple[list[str], list[str], list[str]]] = {
             "noises",
         ],
         ["LATENT", "LATENT", "IMAGE", "FLOAT", "IMAGE"],
-    ),  # fmt: skip
+    ),
     "RG_ClipLoss": (
         ["clip_vision", "weight", "crops", "crop_power", "crop_loss"],
         ["clip", "text", "image", "previous"],

@@ -41,6 +41,8 @@ def report_run(run: Run) -> None:
         words += f", loss {first:.4g} -> {last:.4g}"
     if run.seconds_added is not None:
         words += f", {max(run.seconds_added, 0.0):.1f} s added"
+    if run.kept_prompt is not None and run.kept_prompt.left_out:
+        words += f"; {run.kept_prompt.left_out} of them without the negative prompt's pass"
     planned = len(run.plan.steps)
     warnings = [f"{count} of {planned} planned steps were not guided: {why}" for why, count in run.skipped.items()]
     if run.steps is not None and run.steps.missed:

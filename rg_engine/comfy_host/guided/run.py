@@ -164,7 +164,8 @@ class KeptPrompt:
     d is, but for its sign, the difference of the predicted noise, of a flow model that of the velocity. Only guiders that
     run two prompts, on the whole latent in one call, are served so; others run as they would.
 
-    Args: most, guided steps in a row that go without the negative prompt; shape of the latent (B, C, H, W).
+    Args: most, guided steps in a row that go without the negative prompt; shape of the latent (B, C, H, W). left_out: of the
+    run so far.
     """
 
     def __init__(self, most: int, shape: Sequence[int]) -> None:
@@ -172,6 +173,7 @@ class KeptPrompt:
         self._shape = tuple(shape)
         self._difference: Tensor | None = None
         self._spared = 0  # guided steps since both prompts ran
+        self.left_out = 0
 
     def install(self, options: Options, guided: bool) -> Options:
         """Model options for one prediction of the sampler: a guided one may be spared a prompt, others run and are noted."""
@@ -189,6 +191,7 @@ class KeptPrompt:
         sigma = spread(timestep, x)
         if guided and self._difference is not None and self._spared < self._most:
             self._spared += 1
+            self.left_out += 1
             positive, _ = calculate(model, [conds[0], None], x, timestep, *args)
             return [positive, positive - sigma * self._difference]
         positive, negative = calculate(model, conds, x, timestep, *args)
