@@ -92,7 +92,7 @@ def three_nodes(server: Server, browser: Any, out: Path) -> None:
         "RG_LoadDemoModel": (0, 0, 300, 66), "RG_LoadReadoutHead": (0, 150, 300, 82), "LoadImage": (0, 280, 300, 390),
         "CLIPTextEncode": (330, 0, 330, 110), "EmptyLatentImage": (330, 290, 330, 106),
         "RG_ReadoutTarget": (330, 440, 330, 220), "RG_ReadoutGuidedKSampler": (690, 0, 340, 400),
-        "VAEDecode": (690, 480, 200, 46), "SaveImage": (1060, 0, 220, 260),
+        "VAEDecode": (1060, 380, 220, 46), "SaveImage": (1060, 0, 220, 260),
     }  # fmt: skip
     seen = 0
     for node in workflow["nodes"]:
