@@ -1,4 +1,4 @@
-"""Readout-Guided KSampler, Readout Guider, Apply Readout Guidance."""
+"""Readout-Guided KSampler, Readout Guider, Apply Readout Guidance. Their inputs on guidance are named as its settings."""
 
 from __future__ import annotations
 
@@ -39,16 +39,11 @@ class ReadoutGuidedKSampler(io.ComfyNode):
 
     @classmethod
     def execute(
-        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target,
-        strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=2,
-    ) -> io.NodeOutput:  # fmt: skip
-        settings = GuidanceSettings(
-            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
-            feature_steps=feature_steps, keep_negative=keep_negative,
-        )  # fmt: skip
+        cls, model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image, denoise, target, **guidance
+    ) -> io.NodeOutput:
         latent = guided_ksampler(
-            model, target, settings, seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name, scheduler=scheduler,
-            positive=positive, negative=negative, latent=latent_image, denoise=denoise,
+            model, target, GuidanceSettings(**guidance), seed=seed, steps=steps, cfg=cfg, sampler_name=sampler_name,
+            scheduler=scheduler, positive=positive, negative=negative, latent=latent_image, denoise=denoise,
         )  # fmt: skip
         return io.NodeOutput(latent)
 
@@ -75,15 +70,8 @@ class ReadoutGuider(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, positive, negative, cfg, target, strength, mode, iterations, source_cfg, keyframes=None,
-        feature_steps=4, keep_negative=2,
-    ) -> io.NodeOutput:  # fmt: skip
-        settings = GuidanceSettings(
-            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
-            feature_steps=feature_steps, keep_negative=keep_negative,
-        )  # fmt: skip
-        return io.NodeOutput(readout_guider(model, positive, negative, cfg, target, settings))
+    def execute(cls, model, positive, negative, cfg, target, **guidance) -> io.NodeOutput:
+        return io.NodeOutput(readout_guider(model, positive, negative, cfg, target, GuidanceSettings(**guidance)))
 
 
 class ApplyReadoutGuidance(io.ComfyNode):
@@ -107,14 +95,8 @@ class ApplyReadoutGuidance(io.ComfyNode):
         )
 
     @classmethod
-    def execute(
-        cls, model, target, strength, mode, iterations, source_cfg, keyframes=None, feature_steps=4, keep_negative=2
-    ) -> io.NodeOutput:  # fmt: skip
-        settings = GuidanceSettings(
-            strength=strength, mode=mode, iterations=iterations, source_cfg=source_cfg, keyframes=keyframes,
-            feature_steps=feature_steps, keep_negative=keep_negative,
-        )  # fmt: skip
-        return io.NodeOutput(guided_model(model, target, settings))
+    def execute(cls, model, target, **guidance) -> io.NodeOutput:
+        return io.NodeOutput(guided_model(model, target, GuidanceSettings(**guidance)))
 
 
 NODES = (ReadoutGuidedKSampler, ReadoutGuider, ApplyReadoutGuidance)

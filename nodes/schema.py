@@ -7,6 +7,8 @@ from typing import Any
 
 from comfy_api.latest import io
 
+from ..rg_engine.guidance import GuidanceSettings
+
 CATEGORY = "Readout Guidance"
 
 ReadoutHead = io.Custom("READOUT_HEAD")
@@ -58,12 +60,12 @@ def economy() -> list[Any]:
     """Their last, optional inputs: how much is made of each pass through the network."""
     return [
         io.Int.Input(
-            "feature_steps", default=4, min=1, max=50, optional=True,
+            "feature_steps", default=GuidanceSettings.feature_steps, min=1, max=50, optional=True,
             tooltip="fast: how often the head runs at a move, to find where the features should go before the model's one "
             "backward pass. More follow a little better; 1 is the gradient alone. Not for drags and looks.",
         ),
         io.Int.Input(
-            "keep_negative", default=2, min=0, max=50, optional=True,
+            "keep_negative", default=GuidanceSettings.keep_negative, min=0, max=50, optional=True,
             tooltip="fast: so many guided steps in a row go without the negative prompt's pass, and take from the step "
             "before what it would say: half a step less each. 0: never. Not for drags.",
         ),

@@ -44,7 +44,8 @@ def feature_gap(
         length = torch.minimum(loss / squared, longest / squared.sqrt())
         length = torch.where(torch.isfinite(length) & (squared > 0), length, 0.0)
         for moved, gradient in zip(gap, gradients, strict=True):
-            moved += torch.where(spread(length, gradient) != 0, spread(length, gradient) * gradient, 0.0)
+            each = spread(length, gradient)
+            moved += torch.where(each != 0, each * gradient, 0.0)
     return gap
 
 

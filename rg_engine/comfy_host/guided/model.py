@@ -144,10 +144,9 @@ class ModelGuidance:
 
     def prepare_sampling(self, executor: Any, model: Any, noise_shape: Any, conds: Any, *args: Any, **kwargs: Any) -> Any:
         if self._run is not None:
-            paper = self.settings.mode == "reference"
             size = GraphSize(
-                backbone=self.backbone, heads=tuple(target.head for target in self.targets), branches=2 if paper else 1,
-                text=tokens_beside(conds, self.backbone),
+                backbone=self.backbone, heads=tuple(target.head for target in self.targets),
+                branches=2 if self.settings.mode == "reference" else 1, text=tokens_beside(conds, self.backbone),
                 feature_maps=5 if self.settings.head_runs > 1 else 2,
             )  # fmt: skip
             self._run.graph = self.graph or choose_graph(model, size, noise_shape)

@@ -31,7 +31,7 @@ from .frontier import measure_frontier, plot_frontier
 from .launches import launches_table
 from .models import SHAPES, Shape, random_conds, random_heads, random_model, random_target, with_controlnet, zero_latent
 from .operations import count_kept_bytes, operations_table
-from .timing import EVERY_STEP, median_ratio, model_calls, whole_picture_ratio
+from .timing import EVERY_STEP, WITH_NEGATIVE, median_ratio, model_calls, whole_picture_ratio
 from .transformers import BIG, transformer_table
 from .tries import measure_tries
 
@@ -49,7 +49,6 @@ class Way:
     controlnet: bool = False
 
 
-WITH_NEGATIVE = dataclasses.replace(EVERY_STEP, keep_negative=0)
 GRADIENT_ALONE = dataclasses.replace(WITH_NEGATIVE, feature_steps=1)
 REFERENCE = GuidanceSettings(mode="reference")
 MANY_HEADS = "fast, 9 heads"  # tells what one of them costs, which is little beside the noise of a step

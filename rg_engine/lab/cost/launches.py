@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ...guidance import GuidanceSettings, Target
 from .models import SD15, Shape, random_conds, random_heads, random_model, random_target, zero_latent
-from .timing import EVERY_STEP, median_ratio, model_calls
+from .timing import EVERY_STEP, WITH_NEGATIVE, median_ratio, model_calls
 
 #: SD1.5's layers, all of them, as narrow as their norms allow.
 TINY = Shape(config={**SD15, "model_channels": 32, "context_dim": 32, "num_heads": 4}, cells=8, projection=128)
@@ -89,7 +89,7 @@ def launches_table(turns: int) -> list[dict[str, Any]]:
         "plain": (None, EVERY_STEP), "no move at this step": (target, GuidanceSettings(strength=0.0)),
         "fast": (target, EVERY_STEP),
         "fast, the gradient alone": (target, dataclasses.replace(EVERY_STEP, feature_steps=1)),
-        "fast, with the negative prompt": (target, dataclasses.replace(EVERY_STEP, keep_negative=0)),
+        "fast, with the negative prompt": (target, WITH_NEGATIVE),
         "reference": (target, GuidanceSettings(mode="reference")),
     }  # fmt: skip
     seconds: dict[str, list[float]] = {name: [] for name in ways}

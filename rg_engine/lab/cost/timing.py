@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import time
 from typing import Any
@@ -22,6 +23,7 @@ KEY = "timing"
 TURNS = 2
 #: Guides in each step, however short, and, but for the first, as most guided steps are: without the negative prompt's pass.
 EVERY_STEP = GuidanceSettings(interval=0.0, keep_negative=50)
+WITH_NEGATIVE = dataclasses.replace(EVERY_STEP, keep_negative=0)
 PICTURES = 4
 
 
