@@ -7,7 +7,7 @@ Readout Guidance (arXiv 2312.02150), sec. 3.1, after Diffusion Hyperfeatures (23
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -17,6 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 Activation = Literal["tanh", "none"]
 NORM_GROUPS = 32  # of every GroupNorm in the authors' heads; tensors don't tell it
+#: Bottlenecks run together up to so many numbers in all that they give: the launches of small ones take longer than their
+#: work, but large ones together take memory, and on a CPU they no longer fit in its caches.
+FEW, MANY = 2**19, 2**25
 OUTPUT_WIDTHS = (128, 32)  # of the layers between the mixed map and the readout
 
 
@@ -54,21 +57,76 @@ class Bottleneck(nn.Module):
         self.emb_layers = nn.Linear(emb_width, hidden) if emb_width else None
 
     def forward(self, features: Tensor, emb: Tensor | None, size: tuple[int, int]) -> Tensor:
-        """features (B, C, h, w), emb (B, E) or None -> (B, D, H, W).
+        """features (B, C, h, w), emb (B, E) or None -> (B, D, H, W)."""
+        return side_by_side([self], [features], emb, size)
+
+    @property
+    def narrowing(self) -> list[NormedConv]:
+        """The convolutions that see the features."""
+        return [self.conv1] if self.shortcut is None else [self.conv1, self.shortcut]
+
+    def narrow(self, features: Tensor, size: tuple[int, int]) -> Tensor:
+        """features (B, C, h, w) through the convolutions that see them: (B, hidden, h, w), with the shortcut's D channels
+        behind if there is one.
 
         The paper resizes the features first. A 1x1 convolution without bias commutes with a bilinear resize, whose
-        weights sum to 1, so both convolutions that see the features run as one, at the features' own, smaller size.
+        weights sum to 1, so both convolutions run as one, at the features' own, smaller size.
         """
-        parts = [self.conv1] if self.shortcut is None else [self.conv1, self.shortcut]
-        weights = torch.cat([part.weight for part in parts])
-        maps = F.conv2d(features, weights) if self.patch == 1 else unfold(features, weights, self.patch, size)
-        hidden, *shortcut = resize(maps, size).split([part.norm.num_channels for part in parts], 1)
-        out = F.relu_(self.conv1.norm(hidden))  # (B, hidden, H, W)
-        if emb is not None and self.emb_layers is not None:
-            out = out + F.relu_(self.emb_layers(emb))[:, :, None, None]
-        out = self.conv3(F.relu_(self.conv2(out)))  # (B, D, H, W)
-        out += self.shortcut.norm(*shortcut) if self.shortcut is not None else resize(features, size)
-        return F.relu_(out)
+        weights = _joined([part.weight for part in self.narrowing], 0)
+        return F.conv2d(features, weights) if self.patch == 1 else unfold(features, weights, self.patch, size)
+
+
+def side_by_side(
+    layers: Sequence[Bottleneck], features: Sequence[Tensor], emb: Tensor | None, size: tuple[int, int]
+) -> Tensor:
+    """n bottlenecks, all of them with a shortcut or none, each on its features (B, C_i, h_i, w_i), with emb (B, E) or None:
+    (B, n D, H, W).
+
+    What is alike in them runs once for all: their channels lie side by side, and a GroupNorm never looks beyond its group.
+    """
+    n, widths = len(layers), [part.norm.num_channels for part in layers[0].narrowing]
+    maps = _resized([layer.narrow(map_, size) for layer, map_ in zip(layers, features, strict=True)], size)
+    hidden, *shortcuts = zip(*(map_.split(widths, 1) for map_ in maps), strict=True)
+    out = F.relu_(_norm([layer.conv1 for layer in layers], _joined(hidden)))  # (B, n hidden, H, W)
+    embedders = [layer.emb_layers for layer in layers if layer.emb_layers is not None]
+    if emb is not None and embedders:
+        of_emb = F.linear(emb, *(_joined([getattr(each, name) for each in embedders], 0) for name in ("weight", "bias")))
+        out = out + F.relu_(of_emb)[:, :, None, None]
+    of_each = out.chunk(n, 1) if n > 1 else (out,)
+    out = _joined([F.conv2d(map_, layer.conv2.weight, padding=1) for map_, layer in zip(of_each, layers, strict=True)])
+    out = F.relu_(_norm([layer.conv2 for layer in layers], out))
+    if n == 1:
+        out = F.conv2d(out, layers[0].conv3.weight)
+    else:
+        weights = torch.stack([layer.conv3.weight.flatten(1) for layer in layers])  # (n, D, hidden)
+        out = (weights @ out.unflatten(1, (n, -1)).flatten(3)).flatten(1, 2).unflatten(2, size)
+    out = _norm([layer.conv3 for layer in layers], out)
+    if not shortcuts:
+        return F.relu_(out + _joined(_resized(features, size)))
+    out += _norm([layer.shortcut for layer in layers if layer.shortcut is not None], _joined(shortcuts[0]))
+    return F.relu_(out)
+
+
+def _resized(maps: Sequence[Tensor], size: tuple[int, int]) -> list[Tensor]:
+    """Maps (B, C_i, h_i, w_i) at another size, those of one size together."""
+    found = list(maps)
+    for shape in {map_.shape[-2:] for map_ in maps} - {torch.Size(size)}:
+        places = [i for i, map_ in enumerate(maps) if map_.shape[-2:] == shape]
+        resized = resize(_joined([maps[i] for i in places]), size)
+        for i, map_ in zip(places, resized.split([maps[i].shape[1] for i in places], 1), strict=True):
+            found[i] = map_
+    return found
+
+
+def _norm(convs: Sequence[NormedConv], maps: Tensor) -> Tensor:
+    """Their GroupNorms, on what they gave side by side."""
+    norms = [conv.norm for conv in convs]
+    weight, bias = (_joined([getattr(norm, name) for norm in norms], 0) for name in ("weight", "bias"))
+    return F.group_norm(maps, len(norms) * NORM_GROUPS, weight, bias, norms[0].eps)
+
+
+def _joined(tensors: Sequence[Tensor], dim: int = 1) -> Tensor:
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 
 
 class AggregationNetwork(nn.Module):
@@ -121,13 +179,29 @@ class AggregationNetwork(nn.Module):
         weights = self.mixing_weights.softmax(0)
         dtype = self.mixing_weights.dtype
         emb = None if emb is None else emb.to(dtype)
+        features = [map_.to(dtype) for map_ in features]
         mixed = weights.new_zeros(len(features[0]), self.projection_channels, *size)
-        for weight, layer, map_ in zip(weights, self.bottleneck_layers, features, strict=True):
-            mixed.addcmul_(weight, _run(layer, light, map_.to(dtype), emb, size))
+        for places in self._turns(features[0], size, light):
+            layers, maps = ([each[i] for i in places] for each in (self.bottleneck_layers, features))
+            out = _run(side_by_side, light, layers, maps, emb, size)  # (B, n D, H, W)
+            if len(places) == 1:
+                mixed.addcmul_(weights[places[0]], out)
+            else:
+                mixed += torch.einsum("n,bndhw->bdhw", weights[places], out.unflatten(1, (len(places), -1)))
         if self.output_head is None:
             return mixed
         readout = self.output_head(mixed)
         return readout.tanh() if self.activation == "tanh" else readout
+
+    def _turns(self, like: Tensor, size: tuple[int, int], light: bool) -> list[list[int]]:
+        """Which bottlenecks run together."""
+        numbers = len(like) * len(self.feature_channels) * self.projection_channels * size[0] * size[1]
+        if light or numbers > (FEW if like.device.type == "cpu" else MANY):
+            return [[i] for i in range(len(self.feature_channels))]
+        kinds: dict[bool, list[int]] = {}
+        for i, layer in enumerate(self.bottleneck_layers):
+            kinds.setdefault(layer.shortcut is None, []).append(i)  # type: ignore[union-attr]
+        return list(kinds.values())
 
     def kept_channels(self, light: bool) -> int:
         """How many numbers of each latent cell of a picture are kept for backward, in the weights' precision."""
@@ -146,7 +220,7 @@ def _output_head(in_channels: int, out_channels: int) -> nn.Sequential:
     )
 
 
-def _run(layer: nn.Module, light: bool, *inputs: Any) -> Tensor:
+def _run(layer: Callable[..., Tensor], light: bool, *inputs: Any) -> Tensor:
     return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False) if light else layer(*inputs)
 
 

@@ -14,7 +14,16 @@ from torch.nn import functional as F
 
 from rg_engine.convert import convert_head
 from rg_engine.errors import HeadFileError, TargetError
-from rg_engine.heads import AggregationNetwork, HeadSpec, PixelNetwork, ReadoutHead, load_head, save_head, to_authors_layout
+from rg_engine.heads import (
+    AggregationNetwork,
+    HeadSpec,
+    PixelNetwork,
+    ReadoutHead,
+    aggregation,
+    load_head,
+    save_head,
+    to_authors_layout,
+)
 from rg_engine.heads.files import METADATA_KEY
 from rg_engine.heads.pixel import FREQUENCIES, encode_noise_level
 
@@ -114,6 +123,28 @@ def test_a_light_readout_and_its_gradient_are_the_same(make_head, make_features)
         found.append((readout, *torch.autograd.grad(readout.square().sum(), features)))
     for plain, again in zip(*found, strict=True):
         torch.testing.assert_close(again, plain)
+
+
+@pytest.mark.parametrize("emb_width", [0, 16])
+def test_bottlenecks_side_by_side_give_what_each_gives(emb_width, monkeypatch):
+    """With maps of several sizes, one of them the readout's, and two that are as wide as what is mixed."""
+    channels, sizes = (48, 32, 24, 32, 48), ((3, 3), (3, 3), (6, 5), (6, 5), (12, 10))
+    torch.manual_seed(0)
+    network = AggregationNetwork(
+        channels, projection_channels=32, hidden=32, emb_width=emb_width, output_channels=1
+    ).double()
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.5)
+    features = [
+        torch.randn(2, c, *size, dtype=torch.float64, requires_grad=True) for c, size in zip(channels, sizes, strict=True)
+    ]
+    emb, found = torch.randn(2, emb_width, dtype=torch.float64) if emb_width else None, []
+    for few in (0, 2**18):
+        monkeypatch.setattr(aggregation, "FEW", few)
+        readout = network(features, emb, SIZE)
+        found.append((readout, *torch.autograd.grad(readout.square().sum(), [*features, *network.parameters()])))
+    for alone, together in zip(*found, strict=True):
+        torch.testing.assert_close(together, alone)
 
 
 def test_a_large_mixing_weight_leaves_one_layer(make_head, make_features):

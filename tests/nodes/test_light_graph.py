@@ -220,10 +220,10 @@ def run_out(small, monkeypatch, times: int) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["fast", "reference"])
 def test_without_memory_for_the_full_graph_the_run_goes_on_with_the_light_one(small, mode, monkeypatch, caplog):
-    undisturbed = small.sample(small.target(), **{**RUN, "steps": 3}, mode=mode, feature_steps=1)
+    undisturbed = small.sample(small.target(), **RUN, mode=mode, feature_steps=1)
     assert not logged(caplog, "out of memory")
     failed = run_out(small, monkeypatch, 1)
-    picture = small.sample(small.target(), **{**RUN, "steps": 3}, mode=mode, feature_steps=1)
+    picture = small.sample(small.target(), **RUN, mode=mode, feature_steps=1)
     assert len(failed) == 1
     assert len(logged(caplog, "out of memory")) == 1
     torch.testing.assert_close(picture, undisturbed, rtol=1e-3, atol=1e-3)

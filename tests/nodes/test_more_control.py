@@ -56,16 +56,23 @@ def test_the_way_to_the_target_in_feature_space_is_taken_back_through_the_networ
             model.model.apply_model(leaf, sigma, c_crossattn=context.clone(), transformer_options=options)
             maps, emb = tap.take()
 
-        def evaluate(at):
-            leaves = [map_.detach().requires_grad_() for map_ in at]
-            z = (leaf * scale).detach()
-            branch = guidance.Branch(features=leaves, emb=emb.detach(), z=z, noise_level=sigma * scale)
-            loss, _ = objective.loss(branch, (0,), None)
-            return loss.detach(), list(torch.autograd.grad(loss.sum(), leaves))
+        shapes = [map_.shape[1:] for map_ in maps]
 
-        gap = gap_of([map_.detach() for map_ in maps], evaluate(maps), evaluate, 4)
-        wanted = torch.autograd.grad(maps, leaf, gap, retain_graph=True)[0] / scale
-        plain = torch.autograd.grad(maps, leaf, evaluate(maps)[1])[0] / scale
+        def as_maps(rows):
+            pieces = rows.split([shape.numel() for shape in shapes], 1)
+            return [piece.unflatten(1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+        def evaluate(at):
+            rows = at.detach().requires_grad_()
+            z = (leaf * scale).detach()
+            branch = guidance.Branch(features=as_maps(rows), emb=emb.detach(), z=z, noise_level=sigma * scale)
+            loss, _ = objective.loss(branch, (0,), None)
+            return loss.detach(), torch.autograd.grad(loss.sum(), rows)[0]
+
+        rows = torch.cat([map_.detach().flatten(1) for map_ in maps], 1)
+        gap = gap_of(rows, evaluate(rows), evaluate, 4)
+        wanted = torch.autograd.grad(maps, leaf, as_maps(gap), retain_graph=True)[0] / scale
+        plain = torch.autograd.grad(maps, leaf, as_maps(evaluate(rows)[1]))[0] / scale
     model = parity_model()
     backbone = engine("comfy_host.loaded.model").backbone_of(model)
     scope = engine("comfy_host.loaded.gradient_scope").GradientScope(model.model.diffusion_model, graph)

@@ -21,7 +21,7 @@ from torch import Tensor
 from ...features import Backbone, FeatureTap
 from ...features.tap import Enough
 from ...guidance import Branch, Objective, Part, SourceStep, parts_of
-from ...guidance.feature_target import LossAndGradients, feature_gap
+from ...guidance.feature_target import feature_gap
 from ...guidance.objective import whole_step
 from ...guidance.parts import stitched, together
 from ..loaded.frozen_layers import plain
@@ -234,11 +234,11 @@ class BranchReader:
         ids = options.get("uuids", [None] * len(places))
         return [self._prompts.get(uuid, place) for place, uuid in zip(places, ids, strict=True)]
 
-    def _rows(self, read: Branch, part: Part, features: list[Tensor] | None = None) -> Branch:
+    def _rows(self, read: Branch, part: Part) -> Branch:
         """A part's rows of a call; of z, its pictures."""
         assert read.noise_level is not None
         return Branch(
-            features=[f.detach()[part.rows] for f in read.features] if features is None else features,
+            features=[f.detach()[part.rows] for f in read.features],
             emb=read.emb[part.rows], z=part.of_pictures(read.z), noise_level=read.noise_level[part.rows],
             percent=self._percent,
         )  # fmt: skip
@@ -251,50 +251,54 @@ class BranchReader:
         In between it is scaled by a power of two to a largest element of 1..2, so that half precision neither underflows nor
         overflows.
         """
-        outputs = [torch.zeros_like(f) for f in read.features]
+        shapes = [f.shape[1:] for f in read.features]
+        rows = torch.cat([f.detach().float().flatten(1) for f in read.features], 1)
+        outputs = torch.zeros_like(rows, dtype=read.features[0].dtype)
         gains = []
         for part in parts:
-            features = [f.detach()[part.rows].float().requires_grad_() for f in read.features]
-            branch, objective = self._rows(read, part, features), self._objective.part(part)
-            sources = self._sources.get(branches[part.chunk])
-            total, found, readouts = self._loss_and_gradients(objective, branch, sources, light)
+            features, objective = rows[part.rows], self._objective.part(part)
+            evaluate = functools.partial(
+                self._loss_and_gradient, objective, self._rows(read, part), self._sources.get(branches[part.chunk]), shapes,
+                light,
+            )  # fmt: skip
+            loss, found, readouts = evaluate(features)
             for i, readout in readouts.items():
                 self._readouts.setdefault(i, []).append((part, readout))
             if self._feature_steps > 1 and objective.reaches_zero(self._active):
-                evaluate = functools.partial(self._evaluate, objective, branch, sources, light)
-                found = feature_gap([map_.detach() for map_ in features], (total, found), evaluate, self._feature_steps)
-            self._losses.setdefault(branches[part.chunk], []).append((part, total))
-            largest = torch.stack([g.abs().amax() for g in found]).amax()
+                found = feature_gap(features, (loss, found), evaluate, self._feature_steps)
+            self._losses.setdefault(branches[part.chunk], []).append((part, loss))
+            largest = found.abs().amax()
             gain = torch.where(torch.isfinite(largest) & (largest > 0), torch.exp2(-largest.log2().floor()), 1.0)
-            for output, gradient in zip(outputs, found, strict=True):
-                output[part.rows] = (gradient * gain).to(output.dtype)
+            outputs[part.rows] = found * gain
             gains.append(gain)
-        (gradient,) = torch.autograd.grad(read.features, leaf, outputs)
+        handed = [output.to(f.dtype) for output, f in zip(_maps(outputs, shapes), read.features, strict=True)]
+        (gradient,) = torch.autograd.grad(read.features, leaf, handed)
         for part, gain in zip(parts, gains, strict=True):
             moved = gradient[part.rows].float() / gain / scale[part.rows].float()
             self._gradients.setdefault(branches[part.chunk], []).append((part, moved))
 
-    def _loss_and_gradients(
-        self, objective: Objective, branch: Branch, source: SourceStep | None, light: bool
-    ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
-        """The loss (B,), its gradients with respect to the branch's features, and readouts by target; a head at a time."""
-        total = branch.features[0].new_zeros(len(branch.features[0]))
-        found: list[Tensor] = []
+    def _loss_and_gradient(
+        self, objective: Objective, branch: Branch, source: SourceStep | None, shapes: Sequence[torch.Size], light: bool,
+        features: Tensor,
+    ) -> tuple[Tensor, Tensor, dict[int, Tensor]]:  # fmt: skip
+        """The loss (B,), its gradient with respect to features (B, N), and readouts by target; a head at a time."""
+        total = found = torch.zeros(())
         readouts: dict[int, Tensor] = {}
         for targets in objective.by_head(self._active):
-            loss, read = objective.loss(branch, targets, source, light=light)
-            total += loss.detach()
+            leaf = features.detach().requires_grad_()
+            loss, read = objective.loss(
+                dataclasses.replace(branch, features=_maps(leaf, shapes)), targets, source, light=light
+            )
+            total = total + loss.detach()
             readouts |= {i: readout.detach() for i, readout in read.items()}
-            gradients = torch.autograd.grad(loss.sum(), branch.features, allow_unused=True, materialize_grads=True)
-            found = [a + b for a, b in zip(found, gradients, strict=True)] if found else list(gradients)
+            found = torch.autograd.grad(loss.sum(), leaf)[0] + found
         return total, found, readouts
 
-    def _evaluate(
-        self, objective: Objective, branch: Branch, source: SourceStep | None, light: bool, maps: list[Tensor]
-    ) -> LossAndGradients:
-        """The loss and its gradients at other features."""
-        there = dataclasses.replace(branch, features=[map_.requires_grad_() for map_ in maps])
-        return self._loss_and_gradients(objective, there, source, light)[:2]
+
+def _maps(features: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Maps (B, C_i, H_i, W_i) that lie in rows (B, N)."""
+    pieces = features.split([shape.numel() for shape in shapes], 1)
+    return [piece.unflatten(1, shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
 
 def _beside_others(control: Any, options: dict[str, Any], scope: GradientScope) -> contextlib.AbstractContextManager[Any]:

@@ -59,14 +59,13 @@ def may_be_light(module: nn.Module) -> bool:
 
 def casts_weights(module: nn.Module) -> bool:
     """Whether this layer makes its weights anew each time it runs: offloaded, dynamic, patched or quantised ones."""
-    return _is_quantised(module) or (
-        isinstance(module, _LAYERS)
-        and bool(
-            getattr(module, "comfy_cast_weights", False)
-            or getattr(module, "weight_function", None)
-            or getattr(module, "bias_function", None)
-            or hasattr(module, "_v")
-        )
+    if not isinstance(module, _LAYERS):
+        return _is_quantised(module)
+    return bool(
+        getattr(module, "comfy_cast_weights", False)
+        or getattr(module, "weight_function", None)
+        or getattr(module, "bias_function", None)
+        or "_v" in module.__dict__  # a Module takes long to find that it has no such attribute
     )
 
 

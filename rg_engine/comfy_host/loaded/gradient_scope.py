@@ -66,8 +66,8 @@ class GradientScope:
                 if forward is not None:
                     self._replace(module.__dict__, "forward", forward)
                 if not (casts and is_known(module)):
-                    self._alias(module._parameters, as_parameter=True)
-                    self._alias(module._buffers, as_parameter=False)
+                    for table in filter(None, (module._parameters, module._buffers)):
+                        self._alias(table, as_parameter=table is module._parameters)
         except BaseException:
             self.__exit__()
             raise

@@ -1,6 +1,7 @@
 """How many kernels a step launches, and how long Python takes for them: what binds where a network is small beside its GPU.
 
-Every operation that is no view is a launch; they are the same on every device. Host time is that of a network so small that
+Every operation that computes something is a launch; they are the same on every device, but for larger heads, whose
+bottlenecks run one by one. Host time is that of a network so small that
 nothing else takes any, on a CPU.
 """
 
@@ -22,6 +23,8 @@ from .timing import EVERY_STEP, WITH_NEGATIVE, median_ratio, model_calls
 
 #: SD1.5's layers, all of them, as narrow as their norms allow.
 TINY = Shape(config={**SD15, "model_channels": 32, "context_dim": 32, "num_heads": 4}, cells=8, projection=128)
+#: Views that are none by name, memory that is not filled, what an evaluated network leaves out, numbers.
+NOTHING = ("_unsafe_view", "empty", "empty_like", "new_empty", "set_", "detach", "lift_fresh", "dropout", "scalar_tensor")
 STEPS = 10  # of a run; a step is short enough that its move needs no second prediction
 
 
@@ -41,7 +44,7 @@ class Launches(TorchDispatchMode):
         self._inside += change
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not func.is_view:
+        if not (func.is_view or func.overloadpacket.__name__ in NOTHING):
             backward = torch._C._current_graph_task_id() != -1
             self.found["backward" if backward else "forward" if self._inside else "rest"] += 1
         return func(*args, **(kwargs or {}))
