@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 
@@ -297,6 +298,29 @@ def test_a_loss_that_rises_is_said(small, said, monkeypatch):
     )
     small.sample(small.target())
     assert any("the loss rose" in line for line in said())
+
+
+@pytest.mark.parametrize(("between", "iterations", "warned"), [(0, 1, False), (3, 1, True), (3, 2, False)])
+def test_a_sampler_that_renews_its_noise_between_its_steps_is_named(small, said, between, iterations, warned):
+    """Each step begins with so many calls at its own noise level, with nine tenths of the noise renewed at each."""
+    import comfy.sample
+    import comfy.samplers
+
+    def sample(model, x, sigmas, extra_args=None, **_):
+        for high, low in itertools.pairwise(sigmas):
+            for _call in range(between):
+                first = model(x, high * x.new_ones(len(x)), **extra_args)
+                x = first + 0.3 * (x - first) + 0.91**0.5 * high * torch.randn_like(x)
+            first = model(x, high * x.new_ones(len(x)), **extra_args)
+            x = first + (x - first) * low / high
+        return x
+
+    comfy.sample.sample_custom(
+        apply(small, iterations=iterations), torch.randn(small.latent["samples"].shape), 4.0, comfy.samplers.KSAMPLER(sample),
+        comfy.samplers.calculate_sigmas(small.model.get_model_object("model_sampling"), "normal", 6),
+        small.positive, small.negative, small.latent["samples"],
+    )  # fmt: skip
+    assert any("the sampler renews its noise several times a step" in line for line in said()) is warned
 
 
 def test_a_crop_that_is_sampled_by_itself_follows_its_part(small):

@@ -85,6 +85,18 @@ def test_a_sampler_that_renews_noise_forgets_as_much_of_a_move(name):
     assert (ours - theirs).norm() <= 0.1 * (theirs - still).norm() + nothing
 
 
+@pytest.mark.parametrize(
+    ("name", "power"), [("euler", 1.0), ("heun", 1.0), ("dpmpp_2m", 1.0), ("euler_ancestral", 2.0), ("dpmpp_2m_sde", 2.0)]
+)
+def test_how_fast_moves_fade_is_seen(name, power):
+    """sigma' / sigma of a move is left in a deterministic step, the square of it where an ancestral one renews the noise."""
+    frame = engine("comfy_host.guided.frame").Frame(START.shape)
+    assert frame.fading == 1.0
+    frame.move(3 * torch.randn(START.shape, generator=torch.Generator().manual_seed(3)))
+    run(name, frame=frame)
+    assert frame.fading == pytest.approx(power, abs=0.15)
+
+
 @pytest.mark.parametrize("name", ["euler", "dpmpp_2m", "res_multistep"])
 def test_a_move_later_on_is_one_of_the_latent(name):
     """As if the sampler's own latent were written to before its third call."""

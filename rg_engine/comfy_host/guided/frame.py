@@ -42,7 +42,15 @@ class Frame:
         self._latents: deque[tuple[Tensor, Tensor | None]] = deque(maxlen=LATENTS)
         self._sigma: Tensor | None = None  # of the latest call
         self._predictions: deque[Tensor] = deque(maxlen=PREDICTIONS)
+        self._fallen: list[Tensor] = []  # from call to call, the logarithms (2,) of what is left of the offset, and of sigma
         self.apart = 0  # calls of another shape: the sampler cuts its latent up itself
+
+    @property
+    def fading(self) -> float:
+        """The power of the noise level by which offsets fall: 1 where no noise is renewed, 2 where all that is renewed is
+        once a step (ancestral samplers), more where a sampler renews it at calls in between. 1 if there was none."""
+        left, sigma = torch.stack(self._fallen).sum(0).tolist() if self._fallen else (0.0, 0.0)
+        return left / sigma if sigma else 1.0
 
     def move(self, move: Tensor) -> None:
         """x has moved by so much; the prediction that follows is made there."""
@@ -77,7 +85,10 @@ class Frame:
             latents, offsets = zip(*self._latents, strict=True)
             shares = shares_of(latents, self._predictions, y, most)
             parts = [share * offset for share, offset in zip(shares, offsets, strict=False) if offset is not None]
-            self._offset = torch.stack(parts).sum(0) if parts else None
+            before, self._offset = self._offset, torch.stack(parts).sum(0) if parts else None
+            if self._offset is not None:
+                fallen = torch.stack([self._offset.norm() / before.norm(), (sigma / self._sigma).amax()]).log()
+                self._fallen += [fallen] if bool(fallen.isfinite().all()) else []
         if self._coming is not None:
             self.move(self._coming(sigma).to(y))
             self._coming = None

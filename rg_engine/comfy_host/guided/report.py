@@ -19,6 +19,8 @@ from .run import Run
 log = logging.getLogger("readout_guidance")
 #: A loss that has risen by more than this part of it is worth a word.
 RISEN = 0.05
+#: Moves that fall faster with the noise are mostly gone before the next one.
+FADING = 3.0
 PERCENTS = [number / 100 for number in range(101)]
 
 
@@ -54,6 +56,13 @@ def report_run(run: Run) -> None:
         warnings.append(
             f"in {run.frame.apart} calls the sampler gave the model pictures of another size than its latent's, where moves "
             "do not arrive. Turn the sampler's own tiles off"
+        )
+    often = run.settings.mode != "fast" or run.settings.iterations > 1
+    if run.frame is not None and run.frame.fading > FADING and not often:
+        warnings.append(
+            "the sampler renews its noise several times a step, and moves fade with it (with the power "
+            f"{run.frame.fading:.1f} of the noise level; of most samplers it is 1 to 2). If the picture does not follow, set "
+            "iterations to 2"
         )
     if run.losses and not all(map(torch.isfinite, run.losses[-1])):
         warnings.append("the loss is not finite; pictures with such a loss were not moved")
