@@ -291,6 +291,16 @@ def test_the_line_after_a_run(small, said):
     assert "s added" in line
 
 
+@pytest.mark.parametrize(("steps", "end", "warned"), [(4, 0.5, True), (4, 0.83, False), (6, 0.5, False), (20, 0.1, False)])
+def test_few_steps_of_which_few_are_guided(small, said, steps, end, warned):
+    """And what the line says to do about it guides one more."""
+    small.sample(small.target(end_percent=end), steps=steps, scheduler="normal")
+    told = [line for line in said() if "too few to follow" in line]
+    assert bool(told) is warned
+    assert not told or "raise end_percent to 0.83" in told[0]
+    assert any(f"guided {3 if steps == 4 and not warned else 2} of 4" in line for line in said()) or steps != 4
+
+
 def test_a_loss_that_rises_is_said(small, said, monkeypatch):
     updates = engine("comfy_host.guided.step")
     monkeypatch.setattr(
@@ -316,7 +326,8 @@ def test_a_sampler_that_renews_its_noise_between_its_steps_is_named(small, said,
         return x
 
     comfy.sample.sample_custom(
-        apply(small, iterations=iterations), torch.randn(small.latent["samples"].shape), 4.0, comfy.samplers.KSAMPLER(sample),
+        apply(small, iterations=iterations), torch.randn(small.latent["samples"].shape), 4.0,
+        comfy.samplers.KSAMPLER(sample),
         comfy.samplers.calculate_sigmas(small.model.get_model_object("model_sampling"), "normal", 6),
         small.positive, small.negative, small.latent["samples"],
     )  # fmt: skip

@@ -113,8 +113,8 @@ class ModelGuidance:
         if region is None:
             self._repetitions.look(latent_image)
         plan = self._plan(guider, targets, sigmas)
+        sampling = guider.model_patcher.get_model_object("model_sampling")
         if not plan.steps:
-            sampling = guider.model_patcher.get_model_object("model_sampling")
             asked = self.targets if targets else ()
             report_empty_plan(asked, self.settings, [float(s) for s in sigmas], sampling.percent_to_sigma)
             return executor(noise, latent_image, sampler, sigmas, *args, **kwargs)
@@ -129,7 +129,7 @@ class ModelGuidance:
         finally:
             self._run = before
         self.losses = run.losses
-        report_run(run)
+        report_run(run, sampling.percent_to_sigma)
         return out
 
     def _plan(self, guider: Any, targets: tuple[Target, ...], sigmas: Tensor) -> Plan:

@@ -19,6 +19,8 @@ from .run import Run
 log = logging.getLogger("readout_guidance")
 #: A loss that has risen by more than this part of it is worth a word.
 RISEN = 0.05
+#: Of a schedule of at most so many steps, fewer guided ones are worth a word, where the next one is not too late.
+SHORT, ENOUGH, LATE = 8, 3, 0.9
 #: Moves that fall faster with the noise are mostly gone before the next one.
 FADING = 3.0
 PERCENTS = [number / 100 for number in range(101)]
@@ -34,7 +36,7 @@ def report_start(run: Run, device: torch.device) -> None:
     )  # fmt: skip
 
 
-def report_run(run: Run) -> None:
+def report_run(run: Run, percent_to_sigma: Callable[[float], Any]) -> None:
     """Of a guided run."""
     steps, done = max(len(run.sigmas) - 1, 0), len(run.guided)
     words = f"guided {done} of {steps} steps"
@@ -57,12 +59,19 @@ def report_run(run: Run) -> None:
             f"in {run.frame.apart} calls the sampler gave the model pictures of another size than its latent's, where moves "
             "do not arrive. Turn the sampler's own tiles off"
         )
+    if len(run.plan.steps) < ENOUGH and steps <= SHORT:
+        begins, *ends = (percent_of(sigma, lambda p: float(percent_to_sigma(p))) for sigma in _after(run))
+        if ends and begins < LATE:
+            warnings.append(
+                f"only {planned} of these {steps} steps lie in the target's part of the diffusion time, too few to follow "
+                f"it closely. To guide the next one too, raise end_percent to {(begins + ends[0]) / 2:.2f}"
+            )
     often = run.settings.mode != "fast" or run.settings.iterations > 1
     if run.frame is not None and run.frame.fading > FADING and not often:
         warnings.append(
             "the sampler renews its noise several times a step, and moves fade with it (with the power "
-            f"{run.frame.fading:.1f} of the noise level; of most samplers it is 1 to 2). If the picture does not follow, set "
-            "iterations to 2"
+            f"{run.frame.fading:.1f} of the noise level; of most samplers it is 1 to 2). If the picture does not follow, "
+            "set iterations to 2"
         )
     if run.losses and not all(map(torch.isfinite, run.losses[-1])):
         warnings.append("the loss is not finite; pictures with such a loss were not moved")
@@ -71,6 +80,12 @@ def report_run(run: Run) -> None:
             f"the loss rose from {first:.4g} to {last:.4g}: try a lower strength, more steps, or less weight on one target"
         )
     say(words, warnings)
+
+
+def _after(run: Run) -> list[float]:
+    """Sigmas at which the step after the guided ones begins and ends."""
+    following = run.plan.steps[-1].step + 1
+    return run.sigmas[following : following + 2]
 
 
 def report_empty_plan(

@@ -16,6 +16,7 @@ from ..trial import Combination
 
 ZSNR_SAMPLERS = ("euler", "dpmpp_2m", "euler_ancestral", "dpmpp_2m_sde", "uni_pc")
 ZSNR_SCHEDULERS = ("normal", "sgm_uniform", "karras")
+LATER = 0.8  # the end_percent of targets where only four steps are made
 LATE = 0.9  # the end_percent of targets that a second pass at half the noise still follows
 
 
@@ -35,7 +36,9 @@ def combinations() -> tuple[Combination, ...]:
         *(plain(scheduler=scheduler) for scheduler in comfy.samplers.KSampler.SCHEDULERS if scheduler != "normal"),
         *(plain(steps=steps) for steps in (4, 6, 8, 11, 12, 14, 16, 30, 60)),
         *(plain(settings=settings) for settings in modes),
+        _few_steps(),
         *(_zsnr(*each) for each in itertools.product(ZSNR_SAMPLERS, ZSNR_SCHEDULERS, (20, 4))),
+        *(_zsnr(*each, 4, end_percent=LATER) for each in itertools.product(ZSNR_SAMPLERS, ZSNR_SCHEDULERS)),
         *(_zsnr("euler", "normal", STEPS, settings) for settings in modes),
         *PASSES,
         *GUIDERS,
@@ -47,12 +50,23 @@ def _ksampler(bench: Bench, guide: Guide, **inputs: Any) -> Tensor:
     return bench.ksampler(guide(bench.model), **inputs)
 
 
-def _zsnr(sampler: str, scheduler: str, steps: int, settings: GuidanceSettings | None = None) -> Combination:
+def _few_steps() -> Combination:
+    def run(bench: Bench, guide: Guide) -> Tensor:
+        return bench.ksampler(guide(bench.model, bench.target(end_percent=LATER)), steps=4)
+
+    return Combination(nodes="KSampler", tried=f"euler, normal, 4 steps, guided to {LATER}", run=run)
+
+
+def _zsnr(
+    sampler: str, scheduler: str, steps: int, settings: GuidanceSettings | None = None, end_percent: float | None = None
+) -> Combination:
     def run(bench: Bench, guide: Guide) -> Tensor:
         model = node("ModelSamplingDiscrete", model=bench.model, sampling="v_prediction", zsnr=True)
-        return bench.ksampler(guide(model), sampler_name=sampler, scheduler=scheduler, steps=steps)
+        target = None if end_percent is None else bench.target(end_percent=end_percent)
+        return bench.ksampler(guide(model, target), sampler_name=sampler, scheduler=scheduler, steps=steps)
 
     tried = f"zsnr, {sampler}, {scheduler}, {steps} steps{', ' + settings.mode if settings else ''}"
+    tried += f", guided to {end_percent}" if end_percent is not None else ""
     return Combination(nodes="ModelSamplingDiscrete", tried=tried, run=run, settings=settings or GuidanceSettings())
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ....guidance import GuidanceSettings
 from ..bench import CFG, SEED, STEPS, Bench, Guide
 from ..loading import node
 from ..trial import Combination
@@ -34,6 +35,12 @@ def combinations() -> tuple[Combination, ...]:
                         run=functools.partial(_ksampler, sampler_name=name, scheduler=scheduler))
             for name in added
             for scheduler in ("normal", "beta57")[: 2 if name in ("res_2m", "res_2s") else 1]
+        ),
+        *(
+            Combination(nodes=f"KSampler, {name}", tried="normal, 20 steps, iterations 2",
+                        settings=GuidanceSettings(iterations=2),
+                        run=functools.partial(_ksampler, sampler_name=name, scheduler="normal"))
+            for name in ("res_5s", "res_6s")
         ),
         *(
             Combination(nodes="ClownsharKSampler", tried=f"{name}, eta {eta:g}",
