@@ -34,8 +34,9 @@ class TrainingConfig:
     :mod:`.folders`: pictures and controls (spatial, keypoint, lgp), clips (correspondence), identities (appearance).
     examples: how many are drawn from clips or identities. prompt: of every picture, or ``captions`` for the text file beside
     each. size: of the pictures in pixels, cropped about their centre. width: the head's channels. block: of the model, that
-    the head reads, by name or number; empty for the usual one. sparse: controls are mostly empty. temperature
-    (correspondence), margin (appearance). device: auto or cpu. Everything else is :class:`TrainingSettings`.
+    the head reads, by name or number, several with commas in between; empty for the usual one. sparse: controls are mostly
+    empty. temperature (correspondence), margin (appearance). device: auto or cpu. Everything else is
+    :class:`TrainingSettings`.
     """
 
     kind: HeadKind

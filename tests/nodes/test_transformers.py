@@ -370,7 +370,7 @@ def test_pictures_are_inverted_and_come_back(name):
 
 
 @A_FEW
-@pytest.mark.parametrize("block", ["", "0"])
+@pytest.mark.parametrize("block", ["", "0", "0, 1"])
 def test_heads_are_trained_on_it(name, block):
     model = made(name)
     shape = zero_latent(name, 10).shape
@@ -383,7 +383,7 @@ def test_heads_are_trained_on_it(name, block):
         targets=controls, block=block,
     )  # fmt: skip
     backbone = engine("comfy_host.loaded.model").backbone_of(model)
-    assert trained.spec.taps == ((backbone.blocks[0],) if block else backbone.taps)
+    assert trained.spec.taps == (backbone.blocks[: len(block.split(","))] if block else backbone.taps)
     guided(name, model, target(model, head=trained))
 
 

@@ -30,8 +30,9 @@ def train_head(
 
     Args: positive, the prompt of the pictures (None: empty; one row a picture: each its own); projection, background,
     temperature, margin as :func:`new_head` and :func:`lesson_of` have them; block, which module's output is read, or its
-    number in the order in which they run (empty: the backbone's own taps); facts, for the head's metadata; keep is given
-    the best head so far if the training breaks off, before the exception goes on. Raises TrainingError, BackboneError.
+    number in the order in which they run, several with commas in between (empty: the backbone's own taps); facts, for the
+    head's metadata; keep is given the best head so far if the training breaks off, before the exception goes on. Raises
+    TrainingError, BackboneError.
     """
     examples.check_enough()
     wanted = model.model.latent_format.latent_channels
@@ -86,11 +87,10 @@ def train_head(
     return with_frozen_model(model, positive, (pictures, *examples.latents.shape[1:]), work, backbone)
 
 
-def _read_at(backbone: Backbone, block: str) -> Backbone:
-    """The backbone read at one of its blocks; at its own taps if none is named. Raises BackboneError for one it has not."""
-    block = block.strip()
-    if not block:
-        return backbone
-    if block.isdecimal() and int(block) < len(backbone.available):
-        block = backbone.available[int(block)].path
-    return backbone.at([block])
+def _read_at(backbone: Backbone, blocks: str) -> Backbone:
+    """The backbone read at some of its blocks, named or numbered, with commas in between; at its own taps if none is named.
+    Raises BackboneError for one it has not."""
+    known = [tap.path for tap in backbone.available]
+    named = [block.strip() for block in blocks.split(",") if block.strip()]
+    wanted = [known[int(block)] if block.isdecimal() and int(block) < len(known) else block for block in named]
+    return backbone.at(wanted) if wanted else backbone
