@@ -87,7 +87,8 @@ class Frame:
             parts = [share * offset for share, offset in zip(shares, offsets, strict=False) if offset is not None]
             before, self._offset = self._offset, torch.stack(parts).sum(0) if parts else None
             if self._offset is not None:
-                fallen = torch.stack([self._offset.norm() / before.norm(), (sigma / self._sigma).amax()]).log()
+                ratio = (sigma / self._sigma).amax().to(self._offset)
+                fallen = torch.stack([self._offset.norm() / before.norm(), ratio]).log()
                 self._fallen += [fallen] if bool(fallen.isfinite().all()) else []
         if self._coming is not None:
             self.move(self._coming(sigma).to(y))
