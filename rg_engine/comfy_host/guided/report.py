@@ -60,7 +60,7 @@ def report_run(run: Run, percent_to_sigma: Callable[[float], Any]) -> None:
             "do not arrive. Turn the sampler's own tiles off"
         )
     if len(run.plan.steps) < ENOUGH and steps <= SHORT:
-        begins, *ends = (percent_of(sigma, lambda p: float(percent_to_sigma(p))) for sigma in _after(run))
+        begins, *ends = _percents(_after(run), percent_to_sigma)
         if ends and begins < LATE:
             warnings.append(
                 f"only {planned} of these {steps} steps lie in the target's part of the diffusion time, too few to follow "
@@ -82,6 +82,11 @@ def report_run(run: Run, percent_to_sigma: Callable[[float], Any]) -> None:
     say(words, warnings)
 
 
+def _percents(sigmas: Sequence[float], percent_to_sigma: Callable[[float], Any]) -> list[float]:
+    """Their places in the diffusion time."""
+    return [percent_of(sigma, lambda p: float(percent_to_sigma(p))) for sigma in sigmas]
+
+
 def _after(run: Run) -> list[float]:
     """Sigmas at which the step after the guided ones begins and ends."""
     following = run.plan.steps[-1].step + 1
@@ -95,7 +100,7 @@ def report_empty_plan(
     if not targets:
         say("not guided", ["no target reaches into this crop, so it was made as without guidance"])
         return
-    first, last = (percent_of(sigma, lambda p: float(percent_to_sigma(p))) for sigma in (sigmas[0], sigmas[-1]))
+    first, last = _percents((sigmas[0], sigmas[-1]), percent_to_sigma)
     start, end = min(target.start_percent for target in targets), max(target.end_percent for target in targets)
     reach = (
         f"sampling goes from {first:.2f} to {last:.2f} of the diffusion time and the target guides from {start:g} to {end:g}"
