@@ -11,7 +11,14 @@ from torch import Tensor
 
 from ..errors import TargetError
 from ..heads import ReadoutHead
-from ..losses import appearance_loss, correspondence_loss, identity_loss, sketch_loss, spatial_loss
+from ..losses import (
+    appearance_loss,
+    correspondence_loss,
+    identity_loss,
+    matching_loss,
+    sketch_loss,
+    spatial_loss,
+)
 from ..losses.correspondence import Window, gather
 from .parts import Part, stitched
 from .targets import Target
@@ -45,18 +52,18 @@ class Objective:
     """The loss of a chain of targets on latents of one size; controls and masks are prepared once.
 
     Args: targets, a chain; size (H, W) of the latent; batch, number of pictures; device where the features are; taps, the
-    features' (none: heads read all of them).
+    features' (none: heads read all of them); paper_drags, drags by the paper's guidance loss, not by matching.
     """
 
     def __init__(
-        self, targets: Sequence[Target], size: tuple[int, int], batch: int, device: torch.device, *, truncate: bool = False,
-        taps: Sequence[str] = (),
+        self, targets: Sequence[Target], size: tuple[int, int], batch: int, device: torch.device, *,
+        paper_drags: bool = False, taps: Sequence[str] = (),
     ) -> None:  # fmt: skip
         for target in targets:
             target.check_batch(batch)
         self.targets = tuple(targets)
         self.size = size
-        self._truncate, self._taps = truncate, tuple(taps)
+        self._paper_drags, self._taps = paper_drags, tuple(taps)
         self._controls = [target.control(size, batch, device) for target in targets]
         self._regions = [target.region(size, batch, device) for target in targets]
         self._reference_regions = [target.region(size, batch, device, "reference_mask") for target in targets]
@@ -172,9 +179,8 @@ class Objective:
                 assert source is not None
                 starts, ends = self._drags[i]  # type: ignore[misc]
                 reference = self._part.of_pictures(source.readouts[i]).float()
-                return correspondence_loss(
-                    readout, reference, starts=starts, ends=ends, truncate=self._truncate, window=self._window
-                )
+                loss = correspondence_loss if self._paper_drags else matching_loss
+                return loss(readout, reference, starts=starts, ends=ends, window=self._window)
 
     def by_head(self, active: Sequence[int]) -> list[tuple[int, ...]]:
         """Targets in groups of one head."""

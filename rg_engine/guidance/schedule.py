@@ -16,6 +16,9 @@ from .keyframes import Keyframes
 #: the first half of the time make a path of 1 where they are made and, since z's scale changes from step to step, of 1.25
 #: where each tenth of the time ends: a move of fast mode stands for such a tenth and is measured where it is taken.
 PATH_PER_TIME = 2.5
+#: Moves that the model sees at once, before the sampler's step shrinks them, are measured where they are made, where the
+#: paper's path is so much of that.
+PATH_WHERE_MADE = 0.8
 #: Fast mode guides at most once in so much of the diffusion time: few long moves steer as well as many short ones.
 FAST_INTERVAL = 0.1
 #: With drags, more often: what is dragged has to be found again after each move.

@@ -10,7 +10,7 @@ Window = tuple[float, float, float, float]  # left, top, width, height, as fract
 
 
 def correspondence_loss(
-    readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, truncate: bool = False, window: Window | None = None
+    readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, window: Window | None = None
 ) -> Tensor:
     """-0.5 mean S[source at start, readout at end] + 0.5 mean S[source at start, readout at start], S = (cos + 1)/2.
 
@@ -21,16 +21,15 @@ def correspondence_loss(
     Args:
         readout, source: (B, D, H, W).
         starts, ends: (N, 2) of (x, y), fractions of the picture.
-        truncate: take the cell that holds the point, as the paper's code does; otherwise interpolate between cells.
         window: what part of the picture readout shows; a term whose point lies outside of it is left out.
     Returns: (B,).
     """
-    origin = gather(source, starts, truncate)  # (B, D, N)
+    origin = gather(source, starts)  # (B, D, N)
     moving = (starts != ends).any(1)  # (N,)
     if window is not None:
         (starts, seen), (ends, reached) = within(starts, window), within(ends, window)
-    arrived = F.cosine_similarity(origin, gather(readout, ends, truncate), dim=1)  # (B, N)
-    stayed = F.cosine_similarity(origin, gather(readout, starts, truncate), dim=1)
+    arrived = F.cosine_similarity(origin, gather(readout, ends), dim=1)  # (B, N)
+    stayed = F.cosine_similarity(origin, gather(readout, starts), dim=1)
     stayed = torch.where(moving | ~moving.any(), stayed, -1)
     if window is not None:
         arrived, stayed = torch.where(reached, arrived, -1), torch.where(seen, stayed, -1)
@@ -45,15 +44,13 @@ def within(points: Tensor, window: Window) -> tuple[Tensor, Tensor]:
     return inside.clamp(0, 1), (inside <= 1).all(1)
 
 
-def gather(maps: Tensor, points: Tensor, truncate: bool = False) -> Tensor:
+def gather(maps: Tensor, points: Tensor) -> Tensor:
     """Values of ``maps`` (B, D, H, W) at ``points`` (N, 2) of (x, y) fractions -> (B, D, N).
 
     A cell's value sits at its centre; between centres it is interpolated, beyond the outermost ones it stays the same.
     """
     height, width = maps.shape[-2:]
     x, y = points[:, 0] * width, points[:, 1] * height
-    if truncate:
-        return maps[:, :, y.floor().long().clamp(0, height - 1), x.floor().long().clamp(0, width - 1)]
     x, y = (x - 0.5).clamp(0, width - 1), (y - 0.5).clamp(0, height - 1)
     left, top = x.floor().long(), y.floor().long()
     right, bottom = (left + 1).clamp_max(width - 1), (top + 1).clamp_max(height - 1)
@@ -61,3 +58,14 @@ def gather(maps: Tensor, points: Tensor, truncate: bool = False) -> Tensor:
     upper = maps[:, :, top, left] * (1 - across) + maps[:, :, top, right] * across
     lower = maps[:, :, bottom, left] * (1 - across) + maps[:, :, bottom, right] * across
     return upper * (1 - down) + lower * down
+
+
+def cell_weights(points: Tensor, size: tuple[int, int]) -> Tensor:
+    """How a map's cells share points (P, 2) of (x, y) fractions when interpolating between them, (P, H * W), rows of sum
+    1."""
+    height, width = size
+    x, y = (points * torch.tensor([width, height], device=points.device, dtype=points.dtype) - 0.5).unbind(1)
+    columns, rows = (torch.arange(count, device=points.device) for count in (width, height))
+    across = (1 - (x.clamp(0, width - 1)[:, None] - columns).abs()).clamp_min(0)  # (P, W)
+    down = (1 - (y.clamp(0, height - 1)[:, None] - rows).abs()).clamp_min(0)  # (P, H)
+    return (down[:, :, None] * across[:, None]).flatten(1)

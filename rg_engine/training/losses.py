@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses.correspondence import gather
+from ..losses.correspondence import cell_weights, gather
 
 
 def balanced_mse(readout: Tensor, control: Tensor, *, background: float | None = None, tolerance: float = 1e-3) -> Tensor:
@@ -80,14 +80,3 @@ def region_hinge(readouts: Tensor, regions: Tensor, margin: float) -> Tensor:
     distance = 1 - F.cosine_similarity(maps[:, :1], means[:, 1:, :, None, None], dim=2)  # (N, 2, H, W)
     nearer, farther = ((distance * regions[:, :1]).flatten(2).sum(2) / totals[:, :1].clamp_min(1e-6)).unbind(1)
     return F.relu(margin + nearer - farther) * (totals > 0).all(1)
-
-
-def cell_weights(points: Tensor, size: tuple[int, int]) -> Tensor:
-    """How a map's cells share points (P, 2) of (x, y) fractions when interpolating between them, (P, H * W), rows of sum
-    1."""
-    height, width = size
-    x, y = (points * torch.tensor([width, height], device=points.device, dtype=points.dtype) - 0.5).unbind(1)
-    columns, rows = (torch.arange(count, device=points.device) for count in (width, height))
-    across = (1 - (x.clamp(0, width - 1)[:, None] - columns).abs()).clamp_min(0)  # (P, W)
-    down = (1 - (y.clamp(0, height - 1)[:, None] - rows).abs()).clamp_min(0)  # (P, H)
-    return (down[:, :, None] * across[:, None]).flatten(1)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional as F
 
-from rg_engine.losses import appearance_loss, correspondence_loss, spatial_loss
+from rg_engine.losses import appearance_loss, correspondence_loss, matching_loss, spatial_loss
 from rg_engine.losses.correspondence import gather
+from rg_engine.losses.matching import TEMPERATURE
 
 SIZE = (5, 4)  # latent cells (H, W)
 
@@ -40,6 +43,10 @@ def correspondence(readout, other, extent):
     return correspondence_loss(readout, other, starts=points_of(STARTS), ends=points_of(ENDS))
 
 
+def matching(readout, other, extent):
+    return matching_loss(readout, other, starts=points_of(STARTS), ends=points_of(ENDS))
+
+
 def test_spatial_is_the_squared_error_after_mapping_both_to_the_extremes_of_z(maps):
     readout, control, _ = maps
     z = torch.randn(3, 4, *SIZE, dtype=torch.float64)
@@ -60,15 +67,38 @@ def test_appearance_is_the_mean_cosine_distance_times_the_squared_extent_of_z(ma
     torch.testing.assert_close(appearance(readout, reference, extent), expected)
 
 
-@pytest.mark.parametrize("truncate", [False, True])
-def test_correspondence_is_what_the_full_matrix_of_similarities_gives_at_the_points(maps, truncate):
+def test_correspondence_is_what_the_full_matrix_of_similarities_gives_at_the_points(maps):
     readout, source, _ = maps
     columns = [value.flatten(2) / value.flatten(2).norm(dim=1, keepdim=True) for value in (source, readout)]
     similarity = (torch.einsum("bdm,bdn->bmn", *columns) + 1) / 2  # (B, H*W of the source, H*W of the readout)
     start, end = (torch.tensor([row * SIZE[1] + column for row, column in cells]) for cells in (STARTS, ENDS))
     expected = -0.5 * similarity[:, start, end].mean(1) + 0.5 * similarity[:, start, start].mean(1)
-    ours = correspondence_loss(readout, source, starts=points_of(STARTS), ends=points_of(ENDS), truncate=truncate)
+    ours = correspondence_loss(readout, source, starts=points_of(STARTS), ends=points_of(ENDS))
     torch.testing.assert_close(ours, expected)
+
+
+def test_matching_is_the_cross_entropy_of_both_directions_of_the_full_matrix(maps):
+    readout, source, _ = maps
+    columns = [value.flatten(2) / value.flatten(2).norm(dim=1, keepdim=True) for value in (source, readout)]
+    similarity = torch.einsum("bdm,bdn->bmn", *columns) / TEMPERATURE  # (B, H*W of the source, H*W of the readout)
+    start, end = (torch.tensor([row * SIZE[1] + column for row, column in cells]) for cells in (STARTS, ENDS))
+    forth, back = similarity.softmax(2)[:, start, end], similarity.softmax(1)[:, start, end]
+    expected = -(forth.log().mean(1) + back.log().mean(1)) / 2 / math.log(SIZE[0] * SIZE[1])
+    torch.testing.assert_close(matching(readout, source, None), expected)
+
+
+def test_matching_asks_for_one_place_and_no_other():
+    """The paper's loss is as content with a thing that is at its goal and in a third place."""
+    thing, ground = torch.eye(6, dtype=torch.float64)[:2]
+    source, moved, twice = (ground[:, None, None].repeat(1, *SIZE) for _ in range(3))
+    for each, cells in ((source, STARTS[:1]), (moved, ENDS[:1]), (twice, [ENDS[0], (4, 0)])):
+        for row, column in cells:
+            each[:, row, column] = thing
+    points = {"starts": points_of(STARTS[:1]), "ends": points_of(ENDS[:1])}
+    at_goal, at_two = (correspondence_loss(each[None], source[None], **points) for each in (moved, twice))
+    torch.testing.assert_close(at_goal, at_two)
+    still, at_goal, at_two = (matching_loss(each[None], source[None], **points) for each in (source, moved, twice))
+    assert at_goal < 0.01 < at_two < 1 < still
 
 
 @pytest.mark.parametrize("loss", [spatial, appearance])
@@ -98,7 +128,7 @@ def test_an_empty_mask_gives_no_loss_and_no_gradient(maps, loss):
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("loss", [spatial, appearance, correspondence])
+@pytest.mark.parametrize("loss", [spatial, appearance, correspondence, matching])
 def test_a_picture_s_loss_does_not_depend_on_the_others(maps, loss):
     readout, other, extent = maps
     alone = torch.cat([loss(readout[i : i + 1], other[i : i + 1], extent[i : i + 1]) for i in range(3)])
@@ -106,7 +136,7 @@ def test_a_picture_s_loss_does_not_depend_on_the_others(maps, loss):
     torch.testing.assert_close(loss(readout, other, extent), alone)
 
 
-@pytest.mark.parametrize("loss", [spatial, appearance, correspondence])
+@pytest.mark.parametrize("loss", [spatial, appearance, correspondence, matching])
 def test_gradients_are_those_of_finite_differences(maps, loss):
     readout, other, extent = maps
     assert torch.autograd.gradcheck(lambda value: loss(value, other, extent), readout.requires_grad_())
@@ -120,14 +150,7 @@ def test_between_two_cells_a_point_reads_their_mean(maps):
     torch.testing.assert_close(amid, values[..., :2, :2].mean((-2, -1)))
 
 
-def test_truncated_a_point_reads_the_cell_that_holds_it(maps):
-    values = maps[0]
-    points = torch.tensor([[0.49, 0.39], [0.51, 0.41]])  # of 4 columns and 5 rows
-    assert torch.equal(gather(values, points, truncate=True), values[..., [1, 2], [1, 2]])
-
-
-@pytest.mark.parametrize("truncate", [False, True])
-def test_points_on_the_border_read_the_outermost_cells(maps, truncate):
+def test_points_on_the_border_read_the_outermost_cells(maps):
     values = maps[0]
     corners = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
-    assert torch.equal(gather(values, corners, truncate), values[..., [0, 0, -1, -1], [0, -1, 0, -1]])
+    assert torch.equal(gather(values, corners), values[..., [0, 0, -1, -1], [0, -1, 0, -1]])

@@ -8,7 +8,7 @@ import torch
 from rg_engine.errors import TargetError
 from rg_engine.guidance import Branch, Objective, Target
 from rg_engine.heads import HeadSpec, PixelNetwork, ReadoutHead
-from rg_engine.losses import appearance_loss, correspondence_loss, sketch_loss, spatial_loss
+from rg_engine.losses import appearance_loss, correspondence_loss, matching_loss, sketch_loss, spatial_loss
 from rg_engine.types import Drag
 
 SIZE, BATCH, CPU = (8, 8), 2, torch.device("cpu")
@@ -106,17 +106,16 @@ def test_an_appearance_target_compares_with_the_source(make_head, branch):
     torch.testing.assert_close(look.loss(start, [0], source)[0], torch.zeros(BATCH), atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("truncate", [False, True])
-def test_a_correspondence_target_follows_its_drags_from_the_source(make_head, branch, truncate):
+@pytest.mark.parametrize("loss", [correspondence_loss, matching_loss])
+def test_a_correspondence_target_follows_its_drags_from_the_source(make_head, branch, loss):
     head = make_head("correspondence", use_emb=False)
-    drag = objective(Target(head=head, drags=DRAGS), truncate=truncate)
+    drag = objective(Target(head=head, drags=DRAGS), paper_drags=loss is correspondence_loss)
     guided, start = branch(seed=1), branch(seed=2)
-    expected = correspondence_loss(
+    expected = loss(
         head.read(guided.features, None, SIZE),
         head.read(start.features, None, SIZE),
         starts=torch.tensor([drag.start for drag in DRAGS]),
         ends=torch.tensor([drag.end for drag in DRAGS]),
-        truncate=truncate,
     )
     torch.testing.assert_close(drag.loss(guided, [0], drag.source_step(start))[0], expected)
 

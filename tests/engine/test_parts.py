@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rg_engine.guidance import Branch, Objective, SourceStep, Target, parts_of
-from rg_engine.losses import correspondence_loss
+from rg_engine.losses import correspondence_loss, matching_loss
 from rg_engine.types import Drag
 
 LATENT = torch.randn(3, 4, 12, 10, generator=torch.Generator().manual_seed(0))
@@ -73,7 +73,7 @@ def objective(make_head):
     control = torch.rand(3, 12, 10, 3, generator=torch.Generator().manual_seed(1))
     return Objective(
         (drag, Target(head=spatial_head, image=control), Target(head=spatial_head, image=control, mask=mask)), (12, 10), 3,
-        torch.device("cpu"),
+        torch.device("cpu"), paper_drags=True,
     )  # fmt: skip
 
 
@@ -104,3 +104,16 @@ def test_a_drag_counts_where_its_points_are():
     assert away.item() == 0
     arrival = correspondence_loss(readout, source, **ends, window=(0.5, 0.5, 0.5, 0.5))
     assert -0.5 <= arrival.item() <= 0
+
+
+def test_a_match_is_looked_for_where_its_points_are():
+    source = torch.randn(1, 8, 6, 6)
+    places = {"starts": torch.tensor([[0.25, 0.25]]), "ends": torch.tensor([[0.75, 0.75]])}
+
+    def loss(readout, left, top):
+        return matching_loss(readout[..., top : top + 3, left : left + 3], source, **places, window=(left / 6, top / 6, 0.5, 0.5))
+
+    moved = source.roll((3, 3), (2, 3))
+    assert loss(source, 3, 0).item() == 0  # neither point
+    assert loss(moved, 3, 3) < loss(source, 3, 3)  # should be found here
+    assert 0 < loss(moved, 0, 0) < loss(source, 0, 0)  # and no more here

@@ -66,7 +66,7 @@ def test_loss_and_gradient_of_one_branch(golden, run):
 
     def reader(row, **more):
         with torch.inference_mode(False):
-            objective = guidance.Objective(targets, (16, 16), 1, x.device)
+            objective = guidance.Objective(targets, (16, 16), 1, x.device, paper_drags=True)
         made = branches.BranchReader(backbone, objective, x[row], **more)
         options = made.install({})["transformer_options"]
         model.model.apply_model(x[row], sigma, c_crossattn=golden["fwd.ctx"][row], transformer_options=options)

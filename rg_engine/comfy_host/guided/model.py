@@ -173,7 +173,10 @@ class ModelGuidance:
         with heads_on([target.head for target in run.targets], noise.device):
             with torch.inference_mode(False):
                 size = (noise.shape[-2], noise.shape[-1])
-                objective = Objective(run.targets, size, noise.shape[0], noise.device, taps=self.backbone.taps)
+                objective = Objective(
+                    run.targets, size, noise.shape[0], noise.device, taps=self.backbone.taps,
+                    paper_drags=self.settings.mode == "reference",
+                )  # fmt: skip
             run.begin(guider, objective, noise, denoise_mask, extra_args.get("seed"))
             report_start(run, noise.device)
             kept, mark = None, None

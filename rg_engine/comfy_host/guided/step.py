@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ...guidance import ReferenceUpdate, SourceStep, norm_ratio_length, rms_step
 from ...guidance.pictures import spread
-from ...guidance.schedule import PlannedStep
+from ...guidance.schedule import PATH_WHERE_MADE, PlannedStep
 from ..loaded.memory import is_out_of_memory
 from .branches import CONDITIONAL, UNCONDITIONAL, BranchReader
 from .run import ModelCall, Run, without_readers
@@ -53,23 +53,26 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     """fast and norm_ratio: one pass of the conditional branch gives both the gradient and the prediction.
 
     The prediction is of x as it was, and x moves against the gradient where the sampler goes from here. (So the noise that
-    the model saw in x is kept; of a flow model, the velocity.) Of several moves only the last one's pass predicts.
+    the model saw in x is kept; of a flow model, the velocity.) Of several moves only the last one's pass predicts. Where too
+    little noise is left for the model to answer a move, all are made before the prediction.
     """
     call = _held(run, planned, call)
-    for _ in range(planned.moves - 1):
+    length: float | Tensor = planned.length / planned.moves
+    at_once = run.settings.mode == "fast" and _unanswered(planned, call, length)
+    for _ in range(planned.moves if at_once else planned.moves - 1):
         reader, _nothing = _read_guided(run, planned, (CONDITIONAL,), call)
         if not _noted(run, planned, reader, (CONDITIONAL,)):
             return call.plain()
-        call = _moved(run, planned, call, reader.gradient, planned.length / planned.moves, planned.lands)
+        call = _moved(run, planned, call, reader.gradient, PATH_WHERE_MADE * length)
+    if at_once:
+        return call.plain()
     reader, denoised = _predict_guided(run, planned, call)
     if not _noted(run, planned, reader, (CONDITIONAL,)):
         return denoised
-    length: float | Tensor = planned.length / planned.moves
     if run.settings.mode == "norm_ratio":
         length = norm_ratio_length(call.x * call.scale, _next_z(run, planned, call, denoised), run.settings.strength)
-    if bool((call.noise_at(planned.lands) < torch.as_tensor(length, device=call.x.device)).any()):
-        # Too little noise is left there for the model to answer the move: predict once more, from where x is now.
-        return _moved(run, planned, call, reader.gradient, length, planned.sigma).plain()
+        if _unanswered(planned, call, length):
+            return _moved(run, planned, call, reader.gradient, length).plain()
     move = _move(run, planned, call, reader.gradient, length, planned.lands)
     lands = call.scale_at(planned.lands)
     assert run.frame is not None
@@ -77,11 +80,14 @@ def one_pass_step(run: Run, planned: PlannedStep, call: ModelCall) -> Tensor:
     return denoised
 
 
-def _moved(
-    run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor, lands: float
-) -> ModelCall:
-    """The call from where x is after a move."""
-    moved = call.x + _move(run, planned, call, gradient, length, lands)
+def _unanswered(planned: PlannedStep, call: ModelCall, length: float | Tensor) -> bool:
+    """Whether a move is longer than the noise that is left where it lands, so that the model would not answer it there."""
+    return bool((call.noise_at(planned.lands) < torch.as_tensor(length, device=call.x.device)).any())
+
+
+def _moved(run: Run, planned: PlannedStep, call: ModelCall, gradient: Tensor, length: float | Tensor) -> ModelCall:
+    """The call from where x is after a move, measured at the call."""
+    moved = call.x + _move(run, planned, call, gradient, length, planned.sigma)
     run.move(moved - call.x)
     return dataclasses.replace(call, x=moved)
 
