@@ -29,7 +29,8 @@ def matching_loss(
 
         (-1/2 mean log p(end | u, readout) - 1/2 mean log p(start | v, source)) / log(HW)
 
-    It is 1 where any place is as good. A point between cells counts for its four neighbours.
+    It is 1 where any place is as good. A point between cells counts for its four neighbours. Anchors (drags without length)
+    count beside other drags; alone they ask for nothing.
 
     Args:
         readout, source: (B, D, H, W).
@@ -39,12 +40,12 @@ def matching_loss(
     Returns: (B,).
     """
     u = gather(source, starts)  # (B, D, N)
-    everywhere = reached = torch.ones_like(starts[:, 0], dtype=torch.bool)  # (N,)
-    counts = everywhere
+    counts = (starts != ends).any().expand(len(starts))  # (N,)
+    everywhere = reached = torch.ones_like(counts)
     if window is not None:
         seen = within(starts, window)[1]
         ends, reached = within(ends, window)
-        counts = seen | reached
+        counts = counts & (seen | reached)
     forth = _missed(u, readout, ends, reached)
     back = torch.where(reached, _missed(gather(readout, ends), source, starts, everywhere), 0.0)
     lost = (forth + back) / 2 / math.log(source.shape[-2] * source.shape[-1])

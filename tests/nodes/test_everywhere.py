@@ -293,14 +293,22 @@ def test_the_line_after_a_run(small, said):
     assert "s added" in line
 
 
-@pytest.mark.parametrize(("steps", "end", "warned"), [(4, 0.5, True), (4, 0.83, False), (6, 0.5, False), (20, 0.1, False)])
-def test_few_steps_of_which_few_are_guided(small, said, steps, end, warned):
-    """And what the line says to do about it guides one more."""
-    small.sample(small.target(end_percent=end), steps=steps, scheduler="normal")
-    told = [line for line in said() if "too few to follow" in line]
-    assert bool(told) is warned
-    assert not told or "raise end_percent to 0.83" in told[0]
-    assert any(f"guided {3 if steps == 4 and not warned else 2} of 4" in line for line in said()) or steps != 4
+def test_moves_within_a_step_are_measured_where_they_are_made(small, monkeypatch):
+    """All but a step's last one, which the sampler takes as it is, are shrunk with the noise by the sampler's step."""
+    schedule, frame, step = engine("guidance.schedule"), engine("comfy_host.guided.frame").Frame, engine("comfy_host.guided.step")
+    made, planned = [], []
+    move, one_pass_step = frame.move, step.one_pass_step
+    monkeypatch.setattr(frame, "move", lambda self, by: [made.append(by.square().mean().sqrt().item()), move(self, by)][1])
+    monkeypatch.setattr(
+        engine("comfy_host.guided.model"), "one_pass_step",
+        lambda run, plan, call: [planned.append((plan, len(made))), one_pass_step(run, plan, call)][1],
+    )  # fmt: skip
+    small.sample(small.target(), steps=4, scheduler="normal")
+    (plan, before), *_ = planned
+    assert plan.moves > 2
+    within = made[before : before + plan.moves - 1]
+    length = schedule.PATH_WHERE_MADE * plan.length / plan.moves * (1 + plan.sigma**2) ** 0.5
+    assert within == pytest.approx([length] * (plan.moves - 1), rel=1e-3)
 
 
 def test_a_loss_that_rises_is_said(small, said, monkeypatch):

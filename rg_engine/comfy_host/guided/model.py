@@ -129,7 +129,7 @@ class ModelGuidance:
         finally:
             self._run = before
         self.losses = run.losses
-        report_run(run, sampling.percent_to_sigma)
+        report_run(run)
         return out
 
     def _plan(self, guider: Any, targets: tuple[Target, ...], sigmas: Tensor) -> Plan:

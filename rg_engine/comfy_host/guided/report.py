@@ -19,8 +19,6 @@ from .run import Run
 log = logging.getLogger("readout_guidance")
 #: A loss that has risen by more than this part of it is worth a word.
 RISEN = 0.05
-#: Of a schedule of at most so many steps, fewer guided ones are worth a word, where the next one is not too late.
-SHORT, ENOUGH, LATE = 8, 3, 0.9
 #: Moves that fall faster with the noise are mostly gone before the next one.
 FADING = 3.0
 PERCENTS = [number / 100 for number in range(101)]
@@ -36,7 +34,7 @@ def report_start(run: Run, device: torch.device) -> None:
     )  # fmt: skip
 
 
-def report_run(run: Run, percent_to_sigma: Callable[[float], Any]) -> None:
+def report_run(run: Run) -> None:
     """Of a guided run."""
     steps, done = max(len(run.sigmas) - 1, 0), len(run.guided)
     words = f"guided {done} of {steps} steps"
@@ -59,13 +57,6 @@ def report_run(run: Run, percent_to_sigma: Callable[[float], Any]) -> None:
             f"in {run.frame.apart} calls the sampler gave the model pictures of another size than its latent's, where moves "
             "do not arrive. Turn the sampler's own tiles off"
         )
-    if len(run.plan.steps) < ENOUGH and steps <= SHORT:
-        begins, *ends = _percents(_after(run), percent_to_sigma)
-        if ends and begins < LATE:
-            warnings.append(
-                f"only {planned} of these {steps} steps lie in the target's part of the diffusion time, too few to follow "
-                f"it closely. To guide the next one too, raise end_percent to {(begins + ends[0]) / 2:.2f}"
-            )
     often = run.settings.mode != "fast" or run.settings.iterations > 1
     if run.frame is not None and run.frame.fading > FADING and not often:
         warnings.append(
@@ -82,17 +73,6 @@ def report_run(run: Run, percent_to_sigma: Callable[[float], Any]) -> None:
     say(words, warnings)
 
 
-def _percents(sigmas: Sequence[float], percent_to_sigma: Callable[[float], Any]) -> list[float]:
-    """Their places in the diffusion time."""
-    return [percent_of(sigma, lambda p: float(percent_to_sigma(p))) for sigma in sigmas]
-
-
-def _after(run: Run) -> list[float]:
-    """Sigmas at which the step after the guided ones begins and ends."""
-    following = run.plan.steps[-1].step + 1
-    return run.sigmas[following : following + 2]
-
-
 def report_empty_plan(
     targets: Sequence[Target], settings: GuidanceSettings, sigmas: list[float], percent_to_sigma: Callable[[float], Any]
 ) -> None:
@@ -100,7 +80,7 @@ def report_empty_plan(
     if not targets:
         say("not guided", ["no target reaches into this crop, so it was made as without guidance"])
         return
-    first, last = _percents((sigmas[0], sigmas[-1]), percent_to_sigma)
+    first, last = (percent_of(sigma, lambda p: float(percent_to_sigma(p))) for sigma in (sigmas[0], sigmas[-1]))
     start, end = min(target.start_percent for target in targets), max(target.end_percent for target in targets)
     reach = (
         f"sampling goes from {first:.2f} to {last:.2f} of the diffusion time and the target guides from {start:g} to {end:g}"
