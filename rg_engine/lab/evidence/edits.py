@@ -21,10 +21,10 @@ from ..demo_world import World, encoded, sample
 
 DRAG_SEED = 6007
 #: What is dragged, and how far guidance goes for it (the sampler's strength).
-MOVES = {"figure": 3.0, "arm": 2.0}
+MOVES = {"figure": 2.0, "arm": 1.5}
 #: How the drag workflows are set: the appearance target's weight beside the correspondence target's 1, and until when they
 #: guide.
-APPEARANCE_WEIGHT, END_PERCENT = 0.002, 0.6
+APPEARANCE_WEIGHT, END_PERCENT = 0.002, 0.8
 INVERSION_STEPS = 50
 HELD = ("head", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")  # when an arm moves
 FIGURE_ARROWS = ("head", "neck", "right wrist", "left wrist", "right hip", "left hip", "right ankle", "left ankle")
