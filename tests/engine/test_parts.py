@@ -111,7 +111,8 @@ def test_a_match_is_looked_for_where_its_points_are():
     places = {"starts": torch.tensor([[0.25, 0.25]]), "ends": torch.tensor([[0.75, 0.75]])}
 
     def loss(readout, left, top):
-        return matching_loss(readout[..., top : top + 3, left : left + 3], source, **places, window=(left / 6, top / 6, 0.5, 0.5))
+        window = (left / 6, top / 6, 0.5, 0.5)
+        return matching_loss(readout[..., top : top + 3, left : left + 3], source, **places, window=window)
 
     moved = source.roll((3, 3), (2, 3))
     assert loss(source, 3, 0).item() == 0  # neither point

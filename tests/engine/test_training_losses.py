@@ -10,8 +10,8 @@ from small_training import KINDS, OUTPUT_CHANNELS, SIZE, examples
 from torch.nn import functional as F
 
 from rg_engine.losses import identity_loss
-from rg_engine.training import lesson_of
 from rg_engine.losses.correspondence import cell_weights
+from rg_engine.training import lesson_of
 from rg_engine.training.losses import balanced_mse, region_hinge, track_contrast, triplet_hinge
 
 TEMPERATURE = 0.5

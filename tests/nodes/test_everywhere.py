@@ -295,7 +295,8 @@ def test_the_line_after_a_run(small, said):
 
 def test_moves_within_a_step_are_measured_where_they_are_made(small, monkeypatch):
     """All but a step's last one, which the sampler takes as it is, are shrunk with the noise by the sampler's step."""
-    schedule, frame, step = engine("guidance.schedule"), engine("comfy_host.guided.frame").Frame, engine("comfy_host.guided.step")
+    schedule, step = engine("guidance.schedule"), engine("comfy_host.guided.step")
+    frame = engine("comfy_host.guided.frame").Frame
     made, planned = [], []
     move, one_pass_step = frame.move, step.one_pass_step
     monkeypatch.setattr(frame, "move", lambda self, by: [made.append(by.square().mean().sqrt().item()), move(self, by)][1])
