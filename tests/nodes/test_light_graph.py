@@ -12,13 +12,16 @@ from comfyui_host import engine
 LOG = "readout_guidance"
 SHAPE = [1, 4, 8, 8]
 RUN = {"latent_image": {"samples": torch.zeros(SHAPE)}, "steps": 2}
+ONE_MOVE = 0.1  # end_percent: on a network of random weights, several moves at once make much of a last digit
 
 
 def guided(small, graph, model):
     """The finished latent of a run that is guided with this graph, by the gradient alone: on the way to where features
     should go, a head of random weights makes much of a last digit."""
     settings = engine("guidance").GuidanceSettings(strength=2.0, feature_steps=1)
-    return small.plain(model=engine("comfy_host.guided.model").guide(model, small.target(), settings, graph), **RUN)
+    return small.plain(
+        model=engine("comfy_host.guided.model").guide(model, small.target(end_percent=ONE_MOVE), settings, graph), **RUN
+    )
 
 
 def logged(caplog, words: str) -> list[str]:
@@ -193,10 +196,10 @@ def test_a_run_with_little_memory_is_guided_all_the_same(small, monkeypatch, cap
 
     comfy.model_management.unload_all_models()
     caplog.set_level(logging.INFO, LOG)
-    full = small.sample(small.target(), **RUN, feature_steps=1)
+    full = small.sample(small.target(end_percent=ONE_MOVE), **RUN, feature_steps=1)
     assert not logged(caplog, "light graph")
     has_free(monkeypatch, needed(small.model) - 1)
-    light = small.sample(small.target(), **RUN, feature_steps=1)
+    light = small.sample(small.target(end_percent=ONE_MOVE), **RUN, feature_steps=1)
     assert logged(caplog, "light graph")
     torch.testing.assert_close(light, full, rtol=1e-3, atol=1e-3)
 
@@ -220,10 +223,10 @@ def run_out(small, monkeypatch, times: int) -> list[int]:
 
 @pytest.mark.parametrize("mode", ["fast", "reference"])
 def test_without_memory_for_the_full_graph_the_run_goes_on_with_the_light_one(small, mode, monkeypatch, caplog):
-    undisturbed = small.sample(small.target(), **RUN, mode=mode, feature_steps=1)
+    undisturbed = small.sample(small.target(end_percent=ONE_MOVE), **RUN, mode=mode, feature_steps=1)
     assert not logged(caplog, "out of memory")
     failed = run_out(small, monkeypatch, 1)
-    picture = small.sample(small.target(), **RUN, mode=mode, feature_steps=1)
+    picture = small.sample(small.target(end_percent=ONE_MOVE), **RUN, mode=mode, feature_steps=1)
     assert len(failed) == 1
     assert len(logged(caplog, "out of memory")) == 1
     torch.testing.assert_close(picture, undisturbed, rtol=1e-3, atol=1e-3)

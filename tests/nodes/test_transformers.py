@@ -94,7 +94,7 @@ def losses(name, model, target, monkeypatch, still=False, **more):
     found = []
     guidance_module, step = engine("comfy_host.guided.model"), engine("comfy_host.guided.step")
     with monkeypatch.context() as patched:
-        patched.setattr(guidance_module, "report_run", lambda run, _: found.append([float(x.mean()) for x in run.losses]))
+        patched.setattr(guidance_module, "report_run", lambda run: found.append([float(x.mean()) for x in run.losses]))
         if still:
             patched.setattr(step, "_inside", lambda run, move: move * 0)
         picture = guided(name, model, target, **more)
