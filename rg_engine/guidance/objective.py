@@ -11,14 +11,7 @@ from torch import Tensor
 
 from ..errors import TargetError
 from ..heads import ReadoutHead
-from ..losses import (
-    appearance_loss,
-    correspondence_loss,
-    identity_loss,
-    matching_loss,
-    sketch_loss,
-    spatial_loss,
-)
+from ..losses import appearance_loss, correspondence_loss, identity_loss, matching_loss, sketch_loss, spatial_loss
 from ..losses.correspondence import Window, gather
 from .parts import Part, stitched
 from .targets import Target

@@ -19,9 +19,7 @@ from .correspondence import Window, cell_weights, gather, within
 TEMPERATURE = 0.1
 
 
-def matching_loss(
-    readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, window: Window | None = None
-) -> Tensor:  # fmt: skip
+def matching_loss(readout: Tensor, source: Tensor, *, starts: Tensor, ends: Tensor, window: Window | None = None) -> Tensor:
     """Cross-entropy of finding a drag's start at its end, and its end at its start, by the logarithm of how many places
     there are.
 
@@ -41,22 +39,26 @@ def matching_loss(
     """
     u = gather(source, starts)  # (B, D, N)
     counts = (starts != ends).any().expand(len(starts))  # (N,)
-    everywhere = reached = torch.ones_like(counts)
+    reached = torch.ones_like(counts)
     if window is not None:
         seen = within(starts, window)[1]
         ends, reached = within(ends, window)
         counts = counts & (seen | reached)
-    forth = _missed(u, readout, ends, reached)
-    back = torch.where(reached, _missed(gather(readout, ends), source, starts, everywhere), 0.0)
+    forth = missed(u, readout, ends, TEMPERATURE, reached)
+    back = torch.where(reached, missed(gather(readout, ends), source, starts, TEMPERATURE), 0.0)
     lost = (forth + back) / 2 / math.log(source.shape[-2] * source.shape[-1])
     return torch.where(counts, lost, 0.0).mean(1)
 
 
-def _missed(descriptors: Tensor, maps: Tensor, points: Tensor, reached: Tensor) -> Tensor:
-    """-log p of finding descriptors (B, D, N) in maps (B, D, H, W) at points (N, 2), or beyond them where not reached (N,);
-    (B, N)."""
+def missed(descriptors: Tensor, maps: Tensor, points: Tensor, temperature: float, reached: Tensor | None = None) -> Tensor:
+    """-log p of finding descriptors (B, D, N) in maps (B, D, H, W) at points (N, 2), (B, N), by cosine similarities over
+    temperature.
+
+    reached (N,): where not, the point lies beyond the maps, at a place that is as like it as can be. None: all are.
+    """
     places = F.normalize(maps, dim=1).flatten(2)
-    similar = torch.einsum("bdn,bdp->bnp", F.normalize(descriptors, dim=1), places) / TEMPERATURE
+    similar = torch.einsum("bdn,bdp->bnp", F.normalize(descriptors, dim=1), places) / temperature
     here = (cell_weights(points, (maps.shape[-2], maps.shape[-1])).to(similar) * similar).sum(2)
     total = similar.logsumexp(2)
-    return torch.where(reached, total - here, F.softplus(total - 1 / TEMPERATURE))
+    found = total - here
+    return found if reached is None else torch.where(reached, found, F.softplus(total - 1 / temperature))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..losses.correspondence import cell_weights, gather
+from ..losses.correspondence import gather
+from ..losses.matching import missed
 
 
 def balanced_mse(readout: Tensor, control: Tensor, *, background: float | None = None, tolerance: float = 1e-3) -> Tensor:
@@ -48,10 +49,8 @@ def track_contrast(readouts: Tensor, tracks: Tensor, temperature: float) -> Tens
             continue
         directions = []
         for here, there in ((0, 1), (1, 0)):
-            descriptors = F.normalize(gather(maps[here : here + 1], points[:, here])[0], dim=0)  # (D, P)
-            logits = descriptors.T @ F.normalize(maps[there], dim=0).flatten(1) / temperature  # (P, H*W)
-            wanted = cell_weights(points[:, there], (maps.shape[-2], maps.shape[-1]))  # (P, H*W)
-            directions.append(-(wanted * logits.log_softmax(1)).sum(1).mean())
+            descriptors = gather(maps[here : here + 1], points[:, here])  # (1, D, P)
+            directions.append(missed(descriptors, maps[there : there + 1], points[:, there], temperature).mean())
         losses.append((directions[0] + directions[1]) / 2)
     return torch.stack(losses)
 
